@@ -1,0 +1,519 @@
+"""RecBole 1.2.1 on current numpy, scipy and torch: the only file that knows its faults, and that changes anything for its sake.
+
+What is mended, and how to see that it still needs mending, is listed in ``FAULTS``; tests hold each entry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import os
+import random
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from torch import FloatTensor, LongTensor
+from tqdm.auto import tqdm
+
+from llmrec_lib.evaluation.evaluate import evaluate
+
+if TYPE_CHECKING:
+    from llmrec_lib.recommender import Recommender
+    from llmrec_lib.splits import Split
+
+FAULTS = {
+    "numpy aliases": "Config and metrics read np.float_, np.complex_, np.unicode_, np.float, gone since numpy 2",
+    "dok_matrix._update": "graph models call a private scipy method that is gone since 1.13",
+    "torch.load": "checkpoints are pickles; here the best state stays in memory as tensors, and a pickle is never read",
+    "collector .cpu()": "coverage, Gini and popularity metrics call .cpu() on an int and crash",
+    "anomaly mode": "looking up a sequential model switches autograd's anomaly mode on for the whole process",
+    "process state": "Config reads sys.argv and sets CUDA_VISIBLE_DEVICES; trainers make log_tensorboard/ and saved/",
+    "unmasked sequences": "sequential models are validated and judged with seen items in the ranking",
+    "float32 time": "timestamps lose their last seconds; here the split orders events and RecBole never sees time",
+    "prefix rows": "each prefix of a history is a training row; here windows with a loss at every position",
+    "popularity by batch": "Pop adds 1 for an item however often a batch holds it, and counts sampled negatives too",
+}
+
+UID, IID, SEQ, SEQ_LEN = "user_id", "item_id", "item_id_list", "item_length"
+_NUMPY_ALIASES = {"float_": np.float64, "complex_": np.complex128, "unicode_": np.str_, "float": np.float64}
+_SET_BY_CONFIG = ("bool", "int", "float", "complex", "object", "str", "long", "unicode")
+
+
+class _NoTensorBoard:
+    """Stands where RecBole's trainers would open a log folder in the working directory."""
+
+    def add_scalar(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def add_hparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+@contextlib.contextmanager
+def contained(seed: int | None = None) -> Iterator[None]:
+    """Run RecBole code: what it needs is put in place, and all process-wide state is as before afterwards.
+
+    Parameters
+    ----------
+    seed : int, optional
+        Seeds python, numpy and torch inside; their states are restored at the end.
+    """
+    missing = object()
+    argv, gpus = sys.argv, os.environ.get("CUDA_VISIBLE_DEVICES", missing)
+    anomaly = torch.is_anomaly_enabled()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    names = {*_NUMPY_ALIASES, *_SET_BY_CONFIG}
+    attributes = {name: vars(np).get(name, missing) for name in names}
+    dok_update = vars(sp.dok_matrix).get("_update", missing)
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng():
+            warnings.simplefilter("ignore")
+            sys.argv = [sys.argv[0] if sys.argv else ""]
+            for name, value in _NUMPY_ALIASES.items():
+                setattr(np, name, value)
+            if dok_update is missing:
+                sp.dok_matrix._update = lambda self, data: self._dict.update(data)
+            if seed is not None:
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.manual_seed(seed)
+            yield
+    finally:
+        sys.argv = argv
+        if gpus is missing:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+        torch.autograd.set_detect_anomaly(anomaly)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for name, value in attributes.items():
+            if value is not missing:
+                setattr(np, name, value)
+            elif name in vars(np):
+                delattr(np, name)
+        if dok_update is missing and "_update" in vars(sp.dok_matrix):
+            del sp.dok_matrix._update
+
+
+def model_names() -> list[str]:
+    """Names of RecBole's general, sequential and context-aware models."""
+    package = Path(importlib.util.find_spec("recbole").origin).parent / "model"
+    kinds = ("general_recommender", "sequential_recommender", "context_aware_recommender")
+    files = {file.stem for kind in kinds for file in (package / kind).glob("*.py")}
+    listed = {file.stem for file in (package.parent / "properties" / "model").glob("*.yaml")}
+    return sorted(name for name in listed if name.lower() in files)
+
+
+@functools.lru_cache
+def _model_class(name: str, all_positions: bool) -> type[torch.nn.Module]:
+    """RecBole's model class; with `all_positions`, a subclass whose loss is a full softmax at every position of a window."""
+    from recbole.utils import get_model
+
+    if name not in model_names():
+        raise ValueError(f"RecBole has no model {name!r}; it has {', '.join(model_names())}")
+    base = get_model(name)
+    torch.autograd.set_detect_anomaly(False)
+    if name == "Pop":
+        return _counting_events(base)
+    return _at_every_position(base) if all_positions else base
+
+
+def _counting_events(base: type) -> type:
+    class Pop(base):
+        """RecBole's Pop, counting events: an item three times in a batch counts three times, sampled negatives never."""
+
+        def calculate_loss(self, interaction: Any) -> torch.Tensor:
+            item = interaction[self.ITEM_ID]
+            self.item_cnt.index_add_(0, item, torch.ones(len(item), 1, dtype=self.item_cnt.dtype, device=item.device))
+            self.max_cnt = self.item_cnt.max(dim=0)[0]
+            return torch.nn.Parameter(torch.zeros(1))
+
+    return Pop
+
+
+def _at_every_position(base: type) -> type:
+    class AllPositions(base):
+        """A causal sequence model trained to predict the next item at every position of a window (as in nanoGPT or gSASRec).
+
+        RecBole trains one target per row and makes each prefix a row. One window gives the same targets in one pass.
+        """
+
+        _gather = True
+
+        def gather_indexes(self, output: torch.Tensor, gather_index: torch.Tensor) -> torch.Tensor:
+            return super().gather_indexes(output, gather_index) if self._gather else output
+
+        def calculate_loss(self, interaction: Any) -> torch.Tensor:
+            sequence, length = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
+            self._gather = False
+            try:
+                outputs = self.forward(sequence, length)  # [B, L, d]
+            finally:
+                self._gather = True
+            targets = torch.zeros_like(sequence)
+            targets[:, :-1] = sequence[:, 1:]
+            targets.scatter_(1, (length - 1).unsqueeze(1), interaction[self.POS_ITEM_ID].unsqueeze(1))
+            real = targets > 0
+            logits = outputs[real] @ self.item_embedding.weight.T
+            return torch.nn.functional.cross_entropy(logits, targets[real])
+
+    return AllPositions
+
+
+@functools.lru_cache
+def _dataset_class() -> type:
+    """RecBole's Dataset, filled from a `Split` instead of files: the same ids, the same rows, no time column to round."""
+    from recbole.data.dataset import Dataset as RecBoleDataset
+    from recbole.utils import FeatureSource, FeatureType
+
+    class SplitDataset(RecBoleDataset):
+        def __init__(self, config: Any, split: Split, max_length: int, item_columns: list[str]) -> None:
+            self._split, self._max_length, self._item_columns = split, max_length, item_columns
+            super().__init__(config)
+
+        def _get_preset(self) -> None:
+            super()._get_preset()
+            self.benchmark_filename_list = ["train", "valid", "test"]  # the rows come already split
+
+        def _load_data(self, token: str, dataset_path: str) -> None:
+            sources = {UID: FeatureSource.USER_ID, IID: FeatureSource.ITEM_ID}
+            for field in (UID, IID):
+                self._declare(field, FeatureType.TOKEN, sources[field], 1)
+            parts = [self._rows(part) for part in ("train", "valid", "test")]
+            self.inter_feat = pd.concat(parts, ignore_index=True)
+            self.file_size_list = [len(part) for part in parts]
+            self.user_feat = None
+            self.item_feat = self._item_features() if self._item_columns else None
+
+        def _declare(self, field: str, kind: Any, source: Any, length: int) -> None:
+            self.field2type[field], self.field2source[field], self.field2seqlen[field] = kind, source, length
+
+        def _rows(self, part: str) -> pd.DataFrame:
+            if not self._max_length:
+                users, items = self._split.pairs(part)
+                if part == "train":
+                    self._split.guard(users, items, "train", "training rows")
+                return pd.DataFrame({UID: users, IID: items})
+            self._declare(SEQ, FeatureType.TOKEN_SEQ, FeatureSource.INTERACTION, self._max_length)
+            self._declare(SEQ_LEN, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
+            return windows(self._split, self._max_length) if part == "train" else windows(self._split, self._max_length)[:0]
+
+        def _item_features(self) -> pd.DataFrame:
+            table = self._split.dataset.items
+            features = {IID: np.arange(1, len(table))}
+            for column in self._item_columns:
+                values = table[column].iloc[1:].astype(str)
+                if self._split.dataset.item_columns[column] == "token_seq":
+                    features[column] = [np.array(value.split() or ["[none]"], dtype=object) for value in values]
+                    longest = max(map(len, features[column]))
+                    self._declare(column, FeatureType.TOKEN_SEQ, FeatureSource.ITEM, longest)
+                else:
+                    features[column] = values.to_numpy()
+                    self._declare(column, FeatureType.TOKEN, FeatureSource.ITEM, 1)
+            return pd.DataFrame(features)
+
+        def _remap_ID_all(self) -> None:
+            for field, ids in ((UID, self._split.dataset.user_ids), (IID, self._split.dataset.item_ids)):
+                self.field2id_token[field] = ids
+                self.field2token_id[field] = {token: number for number, token in enumerate(ids)}
+            for column in self._item_columns:
+                self._remap(self._get_remap_list(np.array([column])))
+            if self._max_length:
+                self.field2id_token[SEQ] = self.field2id_token[IID]
+                self.field2id_token[SEQ_LEN] = np.arange(self._max_length + 1)
+
+    return SplitDataset
+
+
+def windows(split: Split, max_length: int) -> pd.DataFrame:
+    """Training histories cut into windows that share one item: every training event but a user's first is a target once.
+
+    Returns
+    -------
+    DataFrame
+        ``user_id``, ``item_id_list`` (up to `max_length` items, oldest first), ``item_length`` and ``item_id`` (what follows).
+    """
+    users, items = split.pairs("train")
+    split.guard(users, items, "train", "training windows")
+    starts = np.flatnonzero(np.r_[True, users[1:] != users[:-1]]) if len(users) else np.array([], dtype=int)
+    rows = []
+    for start, end in zip(starts, np.r_[starts[1:], len(users)], strict=True):
+        position = end - 1  # windows are cut from the newest event backwards, so that only the oldest one is short
+        while position > start:
+            first = max(start, position - max_length)
+            rows.append((users[start], items[first:position], position - first, items[position]))
+            position = first
+    return pd.DataFrame(rows, columns=[UID, SEQ, SEQ_LEN, IID])
+
+
+def build(model_name: str, split: Split, settings: dict, seed: int) -> SimpleNamespace:
+    """Make RecBole's config, datasets, training loader and model for a split. Call inside `contained`.
+
+    Parameters
+    ----------
+    model_name : a RecBole model such as "LightGCN".
+    settings : dict
+        RecBole parameters; and ``all_positions`` (bool, sequential models) and ``item_columns`` (list, context-aware models).
+
+    Returns
+    -------
+    SimpleNamespace
+        ``config``, ``datasets`` (train, valid, test), ``samplers``, ``loader``, ``model``.
+    """
+    from recbole.config import Config
+    from recbole.data.dataloader import TrainDataLoader
+    from recbole.data.utils import create_samplers
+    from recbole.utils import ModelType, init_seed
+
+    settings = dict(settings)
+    all_positions, item_columns = settings.pop("all_positions", False), settings.pop("item_columns", [])
+    cls = _model_class(model_name, all_positions)
+    sequential = cls.type == ModelType.SEQUENTIAL
+    fixed = {
+        "seed": seed,
+        "reproducibility": True,
+        "data_path": tempfile.gettempdir(),
+        "checkpoint_dir": tempfile.gettempdir(),
+        "USER_ID_FIELD": UID,
+        "ITEM_ID_FIELD": IID,
+        "TIME_FIELD": None,
+        "load_col": None,
+        "show_progress": False,
+        "metrics": ["NDCG"],
+        "topk": [10],
+        "valid_metric": "NDCG@10",
+        "metric_decimal_place": 10,
+        "repeatable": sequential,
+        "use_gpu": torch.cuda.is_available(),
+    }
+    if sequential or model_name == "Pop":
+        fixed["train_neg_sample_args"] = None
+    config = Config(model=model_name, dataset="llmrec", config_dict={**fixed, **settings})
+    init_seed(seed, True)
+    max_length = config["MAX_ITEM_LIST_LENGTH"] if sequential else 0
+    dataset = _dataset_class()(config, split, max_length, item_columns)
+    if (dataset.user_num, dataset.item_num) != (split.dataset.n_users, split.dataset.n_items):
+        raise RuntimeError("RecBole and the split disagree on users or items")
+    datasets = dataset.build()
+    samplers = create_samplers(config, dataset, datasets)
+    loader = TrainDataLoader(config, datasets[0], samplers[0], shuffle=config["shuffle"])
+    model = cls(config, loader._dataset).to(config["device"])
+    if item_columns:
+        model.item_features = dict(loader._dataset.get_item_feature().interaction)  # [n_items, …] each, for scoring pairs
+    return SimpleNamespace(config=config, datasets=datasets, samplers=samplers, loader=loader, model=model)
+
+
+def _trainer(built: SimpleNamespace, model_name: str, validate: Callable[[], float]) -> Any:
+    """RecBole's own trainer for the model, with our masked validation and the best state kept as tensors in memory."""
+    import recbole.trainer.trainer as trainer_module
+    from recbole.evaluator import Collector
+    from recbole.utils import get_trainer
+
+    class SplitTrainer(get_trainer(built.config["MODEL_TYPE"], model_name)):
+        best_state: dict[str, torch.Tensor] | None = None
+
+        def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, dict]:
+            self.model.eval()
+            score = validate()
+            return score, {"ndcg@10": score}
+
+        def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
+            self.best_state = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+
+        def resume_checkpoint(self, resume_file: str) -> None:
+            raise ValueError(f"{resume_file}: RecBole's checkpoints are pickles, which can run code; they are not read")
+
+    class TensorsOnly(Collector):
+        """`Collector` whose counters stay what they are."""
+
+        def get_data_struct(self) -> Any:
+            counters = {
+                key: value for key, value in self.data_struct._data_dict.items() if not isinstance(value, torch.Tensor)
+            }
+            for key in counters:
+                del self.data_struct._data_dict[key]
+            struct = super().get_data_struct()
+            for key, value in counters.items():
+                struct.set(key, value)
+                self.data_struct.set(key, value)
+            return struct
+
+    original = trainer_module.get_tensorboard
+    trainer_module.get_tensorboard = lambda logger: _NoTensorBoard()
+    try:
+        trainer = SplitTrainer(built.config, built.model)
+    finally:
+        trainer_module.get_tensorboard = original
+    trainer.eval_collector = TensorsOnly(built.config)
+    return trainer
+
+
+def fit(model_name: str, split: Split, settings: dict, seed: int, progress: bool = True) -> dict[str, torch.Tensor]:
+    """Train a RecBole model with RecBole's trainer; stop by masked NDCG@10 on validation.
+
+    Returns
+    -------
+    dict name -> Tensor
+        What `restore` needs: the best state, or the item–item weights of a linear model; and ``epochs`` and ``valid_curve``.
+    """
+    from llmrec_lib.recommender import RecBoleRecommender
+
+    with contained(seed):
+        built = build(model_name, split, settings, seed)
+        linear = linear_weights(built.model)
+        if linear is not None:
+            return _sparse_state(linear)
+        recommender = RecBoleRecommender(built.model, split, model_name)
+        users = split.eval_users("valid", settings.get("valid_users", 0))
+        trainer = _trainer(built, model_name, lambda: evaluate(recommender, split, "valid", users=users).mean("ndcg@10"))
+        curve: list[float] = []
+        with tqdm(total=trainer.epochs, desc=f"train {model_name}", unit="epoch", leave=False, disable=not progress) as bar:
+
+            def each_epoch(epoch: int, score: float) -> None:
+                curve.append(score)
+                bar.update(epoch + 1 - bar.n)
+                bar.set_postfix(valid_ndcg=f"{score:.4f}")
+
+            trainer.fit(built.loader, split, verbose=False, saved=True, callback_fn=each_epoch)
+        if trainer.best_state is not None:
+            built.model.load_state_dict(trainer.best_state)
+        state = dict(built.model.state_dict())
+        if hasattr(built.model, "item_cnt"):
+            state = {"item_cnt": built.model.item_cnt}
+        return {**state, "valid_curve": torch.tensor(curve), "epochs": torch.tensor(len(trainer.train_loss_dict))}
+
+
+def restore(model_name: str, split: Split, settings: dict, seed: int, state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The trained RecBole model (general, sequential, context-aware) from what `fit` returned."""
+    state = {name: tensor for name, tensor in state.items() if name not in ("valid_curve", "epochs")}
+    with contained(seed):
+        model = build(model_name, split, settings, seed).model
+        if "item_cnt" in state:
+            model.item_cnt, model.max_cnt = state["item_cnt"], state["item_cnt"].max(dim=0)[0]
+        else:
+            model.load_state_dict(state)
+        return model.eval()
+
+
+def linear_weights(model: torch.nn.Module) -> sp.csr_matrix | np.ndarray | None:
+    """S of the models that score ``h_u S`` (ItemKNN, EASE, SLIMElastic), else None."""
+    weights = getattr(model, "w", None) if type(model).__name__ == "ItemKNN" else getattr(model, "item_similarity", None)
+    if weights is None:
+        return None
+    return sp.csr_matrix(weights) if sp.issparse(weights) else np.asarray(weights)
+
+
+def _sparse_state(weights: sp.csr_matrix | np.ndarray) -> dict[str, torch.Tensor]:
+    if not sp.issparse(weights):
+        return {"dense": torch.from_numpy(np.ascontiguousarray(weights, dtype=np.float32))}
+    return {
+        "values": torch.from_numpy(weights.data.astype(np.float32)),
+        "columns": torch.from_numpy(weights.indices.astype(np.int64)),
+        "row_starts": torch.from_numpy(weights.indptr.astype(np.int64)),
+    }
+
+
+def similarity_from(state: dict[str, torch.Tensor], n_items: int) -> torch.Tensor | sp.csr_matrix:
+    """The item–item weights that `fit` returned for a linear model, [n_items, n_items]."""
+    if "dense" in state:
+        return state["dense"]
+    parts = (state[name].numpy() for name in ("values", "columns", "row_starts"))
+    return sp.csr_matrix(tuple(parts), shape=(n_items, n_items))
+
+
+def full_sort_scores(model: torch.nn.Module, split: Split, users: LongTensor, phase: str) -> FloatTensor:
+    """Scores [B, n_items] of a RecBole model; sequential models read the histories of `phase`."""
+    from recbole.data.interaction import Interaction
+    from recbole.utils import ModelType
+
+    device = next(model.parameters()).device
+    with contained(), torch.no_grad():
+        model.eval()
+        fields = {UID: users}
+        if model.type == ModelType.SEQUENTIAL:
+            fields |= _sequences(split, users, phase, model.max_seq_length)
+        try:
+            scores = model.full_sort_predict(Interaction(fields).to(device))
+        except NotImplementedError:
+            scores = torch.cat([_score_all_items(model, user, split, device) for user in users])
+    return scores.view(len(users), split.dataset.n_items).float().cpu()
+
+
+def _sequences(split: Split, users: LongTensor, phase: str, max_length: int) -> dict[str, LongTensor]:
+    sequences = torch.zeros(len(users), max_length, dtype=torch.long)
+    lengths = torch.ones(len(users), dtype=torch.long)  # without a history: one PAD
+    for row, history in enumerate(split.histories(users.numpy(), phase)):
+        recent = torch.from_numpy(np.asarray(history[-max_length:], dtype=np.int64))
+        sequences[row, : len(recent)] = recent
+        lengths[row] = max(len(recent), 1)
+    return {SEQ: sequences, SEQ_LEN: lengths}
+
+
+def _score_all_items(model: torch.nn.Module, user: torch.Tensor, split: Split, device: torch.device) -> torch.Tensor:
+    """A context-aware model predicts pairs: one user with every item and its features."""
+    from recbole.data.interaction import Interaction
+
+    features = {column: values.to(device) for column, values in model.item_features.items()}
+    return model.predict(Interaction({UID: user.expand(split.dataset.n_items).to(device), **features}))
+
+
+def wrap(recommender: Recommender) -> torch.nn.Module:
+    """A recommender as a RecBole `GeneralRecommender` without trainable parts (``ModelType.TRADITIONAL``)."""
+    from recbole.model.abstract_recommender import GeneralRecommender
+    from recbole.utils import InputType, ModelType
+
+    class Wrapped(GeneralRecommender):
+        type = ModelType.TRADITIONAL
+        input_type = InputType.POINTWISE
+
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+            self.n_users, self.n_items = recommender.n_users, recommender.n_items
+            self.recommender, self.phase = recommender, recommender.phase
+            self.no_parameter = torch.nn.Parameter(torch.zeros(1))
+
+        def calculate_loss(self, interaction: Any) -> torch.Tensor:
+            return torch.nn.Parameter(torch.zeros(1))
+
+        def full_sort_predict(self, interaction: Any) -> torch.Tensor:
+            return recommender.score(interaction[UID].cpu()).view(-1)
+
+    return Wrapped()
+
+
+def trainer_evaluate(model: torch.nn.Module, split: Split, metrics: list[str], ks: list[int]) -> dict[str, float]:
+    """What RecBole's own ``Trainer.evaluate`` says about a model from `to_recbole`, full ranking, RecBole's own masking.
+
+    Returns
+    -------
+    dict
+        ``"ndcg@10"`` -> value, in RecBole's lower-case names; rounded by RecBole to 10 decimals.
+    """
+    from recbole.data.dataloader import FullSortEvalDataLoader
+
+    with contained(0):
+        built = build("Pop", split, {"metrics": metrics, "topk": ks, "valid_metric": f"{metrics[0]}@{ks[0]}"}, 0)
+        position = ("train", "valid", "test").index(model.phase)
+        sampler = _full_sampler(built, split, model.phase)
+        loader = FullSortEvalDataLoader(built.config, built.datasets[position], sampler, shuffle=False)
+        built.model = model
+        trainer = _trainer(built, "Pop", lambda: 0.0)
+        trainer.eval_collector.data_collect(built.loader)
+        return dict(trainer.evaluate(loader, load_best_model=False))
+
+
+def _full_sampler(built: SimpleNamespace, split: Split, phase: str) -> Any:
+    """RecBole's sampler: it knows which items a user has used up to `phase`, and that is RecBole's mask."""
+    from recbole.sampler import Sampler
+
+    return Sampler(["train", "valid", "test"], built.datasets, "uniform", 1.0).set_phase(phase)
+

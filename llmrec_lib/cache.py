@@ -1,0 +1,126 @@
+"""Content-addressed results on disk: a key made of everything that decides a result, a file written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import os
+import tempfile
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+from platformdirs import user_cache_dir
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def cache_dir() -> Path:
+    """Folder of everything that can be made again: ``$LLMREC_CACHE``, else the user's cache folder."""
+    return Path(os.environ.get("LLMREC_CACHE") or user_cache_dir("llmrec"))
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success it takes the place of `path`, on an error `path` stays as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files private; results are for everybody the folder is for
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal text."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_key(*parts: Any) -> str:
+    """Hash whatever decides a result into one key of 64 hexadecimal digits.
+
+    Parameters
+    ----------
+    *parts
+        Plain values, lists, dicts (order does not matter), numpy arrays and torch tensors (values, dtype and shape),
+        paths (the file's bytes), functions, classes and modules (their source text).
+
+    Raises
+    ------
+    TypeError
+        For a part whose content cannot be read, since its key would be the same for different contents.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        _update(digest, part)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, part: Any) -> None:
+    if part is None or isinstance(part, str | bytes | bool | int | float):
+        content = part if isinstance(part, bytes) else repr(part).encode()
+        digest.update(f"{type(part).__name__}:{len(content)}:".encode() + content)
+    elif isinstance(part, list | tuple):
+        digest.update(f"list:{len(part)}:".encode())
+        for element in part:
+            _update(digest, element)
+    elif isinstance(part, dict):
+        digest.update(f"dict:{len(part)}:".encode())
+        for name in sorted(part, key=repr):
+            _update(digest, name)
+            _update(digest, part[name])
+    elif isinstance(part, Path):
+        digest.update(f"file:{file_sha256(part)}".encode())
+    elif isinstance(part, types.ModuleType | types.FunctionType | type):
+        digest.update(f"source:{inspect.getsource(part)}".encode())
+    elif hasattr(part, "detach"):  # a torch tensor, without importing torch
+        _update(digest, part.detach().cpu().contiguous().view(-1).float().numpy())
+        digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+    elif hasattr(part, "dtype") and hasattr(part, "tobytes"):
+        digest.update(f"array:{part.dtype.str}:{part.shape}:".encode())
+        digest.update(repr(part.tolist()).encode() if part.dtype.hasobject else part.tobytes())
+    else:
+        raise TypeError(f"content_key cannot read the content of a {type(part).__name__}; pass plain values or arrays")
+
+
+def cached_tensors(kind: str, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Read the tensors stored under `key`, or compute and store them. Safe for several processes at once.
+
+    Parameters
+    ----------
+    kind : str
+        Folder below `cache_dir()`, such as ``"embeddings"``.
+    key : str
+        From `content_key`.
+    compute : callable
+        Called at most once, while this process holds the key's lock; returns name -> tensor.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    path = cache_dir() / kind / f"{key}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if path.exists():
+            try:
+                return load_file(path)
+            except SafetensorError:  # damaged from outside (a full disk, a copy cut short): made again
+                path.unlink()
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
+        with atomic_write(path) as temporary:
+            save_file(tensors, temporary)
+        return tensors

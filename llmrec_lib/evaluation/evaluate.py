@@ -1,0 +1,206 @@
+"""Full-ranking evaluation: users stream through in batches, one mask for all methods, values per user first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from llmrec_lib.evaluation.metrics import catalogue_metrics, per_user_metrics
+from llmrec_lib.recommender import Recommender
+from llmrec_lib.splits import Split
+
+KS = (5, 10, 20)
+
+
+class TestReuseError(ValueError):
+    """One method name was judged on test data under two configurations: the second was chosen after a look at the answer."""
+
+    __test__ = False  # for pytest: not a test
+
+
+@dataclass(eq=False)
+class Evaluation:
+    """What one method reached on one split: a table of users × metrics, and metrics of all lists together."""
+
+    method: str
+    family: str
+    dataset: str
+    protocol: str
+    seed: int
+    phase: str
+    per_user: pd.DataFrame  # index "user"; columns "ndcg@10", …
+    catalogue: dict[str, float]  # "coverage@10", "gini@10", …
+    seconds: float
+
+    def mean(self, metric: str = "ndcg@10") -> float:
+        """Mean over users of a per-user metric, or the value of a catalogue metric."""
+        if metric in self.catalogue:
+            return self.catalogue[metric]
+        if metric not in self.per_user:
+            known = [*self.per_user.columns, *self.catalogue]
+            raise KeyError(f"no metric {metric!r} in this evaluation; it has {', '.join(known)}")
+        return float(self.per_user[metric].mean())
+
+    def tidy(self) -> pd.DataFrame:
+        """One row per metric and cut-off: dataset, protocol, method, family, seed, metric, k, value, n_users, seconds."""
+        values = {**self.per_user.mean().to_dict(), **self.catalogue}
+        rows = [(*name.split("@"), value) for name, value in values.items()]
+        table = pd.DataFrame(rows, columns=["metric", "k", "value"]).astype({"k": int})
+        for position, column in enumerate(("dataset", "protocol", "method", "family", "seed")):
+            table.insert(position, column, getattr(self, column))
+        return table.assign(n_users=len(self.per_user), seconds=self.seconds)
+
+    def per_user_tidy(self) -> pd.DataFrame:
+        """One row per user, metric and cut-off: method, seed, user, metric, k, value (float32)."""
+        long = self.per_user.melt(ignore_index=False, var_name="name").reset_index()
+        long[["metric", "k"]] = long.pop("name").str.split("@", expand=True)
+        long = long.astype({"k": int, "value": np.float32}).assign(method=self.method, seed=self.seed)
+        return long[["method", "seed", "user", "metric", "k", "value"]]
+
+
+def top_k(scores: torch.Tensor, k: int, order: torch.Tensor) -> torch.Tensor:
+    """Item ids of the k highest scores, best first; equal scores are ranked by `order`, so that no method gains by its ids.
+
+    Parameters
+    ----------
+    scores : Tensor [B, n_items]
+        Masked items hold ``-inf``.
+    order : LongTensor [n_items]
+        A fixed random rank for each item, the same for all methods.
+
+    Returns
+    -------
+    LongTensor [B, k]
+    """
+    values, items = torch.topk(scores, k, dim=1)
+    threshold = values[:, -1:]
+    # Where more items share the k-th score than there are places, torch.topk picks arbitrarily: such rows are sorted whole.
+    ambiguous = ((scores >= threshold).sum(dim=1) > k).nonzero().squeeze(1)
+    if len(ambiguous):
+        by_order = torch.argsort(order)
+        ranked = torch.sort(scores[ambiguous][:, by_order], dim=1, descending=True, stable=True).indices[:, :k]
+        items[ambiguous] = by_order[ranked]
+        values[ambiguous] = scores[ambiguous].gather(1, items[ambiguous])
+    by_tie = torch.argsort(order[items], dim=1)
+    by_value = torch.sort(values.gather(1, by_tie), dim=1, descending=True, stable=True).indices
+    return items.gather(1, by_tie).gather(1, by_value)
+
+
+def tie_order(n_items: int) -> torch.Tensor:
+    """A fixed random rank for each item, by which ties are broken."""
+    return torch.from_numpy(np.random.default_rng(20_240_611).permutation(n_items))
+
+
+def mask_seen(scores: torch.Tensor, split: Split, users: torch.Tensor, phase: str) -> torch.Tensor:
+    """Set PAD and what each user has seen before `phase` to ``-inf``, in place; returns scores [B, n_items]."""
+    seen = split.seen(phase)[users.numpy()].tocoo()
+    scores[torch.from_numpy(seen.row).long(), torch.from_numpy(seen.col).long()] = -torch.inf
+    scores[:, 0] = -torch.inf
+    return scores
+
+
+def evaluate(
+    recommender: Recommender,
+    split: Split,
+    phase: str = "test",
+    *,
+    family: str = "id",
+    method: str | None = None,
+    seed: int | None = None,
+    ks: Sequence[int] = KS,
+    users: Sequence[int] | None = None,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> Evaluation:
+    """Rank the whole catalogue for each user and compare the top of the list with what the user took next.
+
+    Parameters
+    ----------
+    recommender : Recommender
+    split : Split
+        Gives targets and mask: seen training items, at test time validation items too, for all methods alike.
+    phase : "valid" | "test"
+        Choose on "valid"; each method name may be judged on "test" under one configuration only.
+    family : "id" | "llm" | "prs" | "fusion" | "control"
+    method : name in the tables; `recommender.name` by default.
+    seed : the run's seed; the split's by default.
+    ks : cut-offs.
+    users : user ids to judge; all with at least one target by default.
+    batch_size : users scored at once; memory grows with it: about ``12 · batch_size · n_items`` bytes.
+
+    Raises
+    ------
+    ValueError
+        Scores of a wrong shape or with NaN; no user to judge.
+    TestReuseError
+        The method name has been judged on test data under another configuration.
+    """
+    method = method or recommender.name
+    seed = split.seed if seed is None else seed
+    users = split.eval_users(phase) if users is None else np.asarray(users, dtype=np.int64)
+    targets = split.targets(phase)
+    n_targets = np.diff(targets.indptr)[users]
+    if not len(users) or not n_targets.all():
+        raise ValueError(
+            f"{'no users' if not len(users) else 'some users'} to judge at phase {phase!r}: each needs at least one held-out "
+            f"item; take them from split.eval_users({phase!r})"
+        )
+    if phase == "test":
+        _touch_test(split, method, seed, recommender)
+    k = min(max(ks), split.dataset.n_items - 1)
+    if k < max(ks):
+        raise ValueError(f"ks asks for {max(ks)} items; the catalogue has {k}")
+
+    view = recommender.at(phase)
+    order = tie_order(split.dataset.n_items)
+    lists, hits, seconds = [], [], 0.0
+    batches = torch.from_numpy(users).split(batch_size)
+    for batch in tqdm(batches, desc=method, unit="batch", leave=False, disable=not progress):
+        start = time.perf_counter()
+        scores = view.score(batch).float()
+        seconds += time.perf_counter() - start
+        if scores.shape != (len(batch), split.dataset.n_items):
+            raise ValueError(
+                f"{method}: score() gave {tuple(scores.shape)} instead of ({len(batch)}, {split.dataset.n_items})"
+            )
+        if torch.isnan(scores[:, 1:]).any():
+            row = int(torch.isnan(scores[:, 1:]).any(dim=1).nonzero()[0])
+            raise ValueError(f"{method}: scores of user {int(batch[row])} contain NaN; look at its history and inputs")
+        top = top_k(mask_seen(scores.clone(), split, batch, phase), k, order).numpy()
+        relevant = targets[batch.numpy()].toarray() > 0
+        lists.append(top)
+        hits.append(np.take_along_axis(relevant, top, axis=1))
+    lists, hits = np.concatenate(lists), np.concatenate(hits)
+    values = per_user_metrics(hits, n_targets, split.item_counts[lists], ks)
+    return Evaluation(
+        method=method,
+        family=family,
+        dataset=split.dataset.name,
+        protocol=split.protocol,
+        seed=seed,
+        phase=phase,
+        per_user=pd.DataFrame(values, index=pd.Index(users, name="user")),
+        catalogue=catalogue_metrics(lists, split.dataset.n_items - 1, ks),
+        seconds=seconds,
+    )
+
+
+_judged: dict[tuple[str, str, int], dict] = {}
+
+
+def _touch_test(split: Split, method: str, seed: int, recommender: Recommender) -> None:
+    """Remember the configuration that each method was judged with on test data; refuse a second one."""
+    configuration = recommender.describe()
+    known = _judged.setdefault((split.fingerprint, method, seed), configuration)
+    if known != configuration:
+        changed = sorted(key for key in {*known, *configuration} if known.get(key) != configuration.get(key))
+        raise TestReuseError(
+            f"{method!r} has been judged on this test set with other settings ({', '.join(changed)}); choose settings with "
+            "phase='valid', or give the variant a method name of its own so that both stand in the results"
+        )

@@ -1,0 +1,130 @@
+"""Paired comparisons over users: difference, interval, permutation p, effect size, Holm over a declared family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from llmrec_lib.evaluation.evaluate import Evaluation
+
+N_RESAMPLES = 9_999
+Runs = Evaluation | Sequence[Evaluation]
+
+
+def per_user_mean(runs: Runs, metric: str) -> pd.Series:
+    """Mean over seeds of each user's value; index: users judged in every run. Runs must share data set, protocol and phase."""
+    runs = [runs] if isinstance(runs, Evaluation) else list(runs)
+    settings = {(run.dataset, run.protocol, run.phase) for run in runs}
+    if len(settings) != 1:
+        raise ValueError(f"runs of different settings cannot be averaged: {sorted(settings)}")
+    if metric not in runs[0].per_user:
+        raise KeyError(f"no metric {metric!r}; these runs have {', '.join(runs[0].per_user.columns)}")
+    return pd.concat([run.per_user[metric] for run in runs], axis=1, join="inner").mean(axis=1)
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Interval of a mean over users, from the bootstrap (percentile, 9,999 resamples of users, fixed seed)."""
+    values = np.asarray(values, dtype=np.float64)
+    if len(values) < 2 or np.ptp(values) == 0:
+        return float(values.mean()), float(values.mean())
+    result = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=N_RESAMPLES,
+        confidence_level=level,
+        method="percentile",
+        batch=max(1, 5_000_000 // len(values)),
+        rng=np.random.default_rng(0),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def compare(a: Runs, b: Runs, metric: str = "ndcg@10") -> dict[str, float | str | int]:
+    """Is `a` better than `b` for the same users?
+
+    Parameters
+    ----------
+    a, b : Evaluation or list of Evaluations
+        Several are the seeds of one method: each user's values are averaged over them first. Users judged in both count.
+    metric : a per-user metric such as "ndcg@10".
+
+    Returns
+    -------
+    dict
+        ``a``, ``b`` (names), ``metric``, ``n_users``, ``mean_a``, ``mean_b``, ``difference`` (a − b), ``low``, ``high`` (95 %
+        bootstrap interval over users), ``relative`` (difference / mean_b), ``p`` (two-sided paired permutation test by sign
+        flips, 9,999 resamples), ``effect`` (Cohen's d of the paired differences).
+
+    Raises
+    ------
+    ValueError
+        No user was judged in both, or the runs come from different data, protocol or phase.
+    """
+    first, second = (runs if isinstance(runs, Evaluation) else runs[0] for runs in (a, b))
+    if (first.dataset, first.protocol, first.phase) != (second.dataset, second.protocol, second.phase):
+        raise ValueError(
+            f"{first.method} was judged on {first.dataset}/{first.protocol}/{first.phase}, {second.method} on "
+            f"{second.dataset}/{second.protocol}/{second.phase}: a paired comparison needs the same"
+        )
+    values = pd.concat([per_user_mean(a, metric), per_user_mean(b, metric)], axis=1, join="inner").to_numpy(np.float64)
+    if not len(values):
+        raise ValueError(f"{first.method} and {second.method} share no judged user")
+    difference = values[:, 0] - values[:, 1]
+    low, high = interval(difference)
+    deviation = difference.std(ddof=1) if len(difference) > 1 else 0.0
+    return {
+        "a": first.method,
+        "b": second.method,
+        "metric": metric,
+        "n_users": len(values),
+        "mean_a": values[:, 0].mean(),
+        "mean_b": values[:, 1].mean(),
+        "difference": difference.mean(),
+        "low": low,
+        "high": high,
+        "relative": difference.mean() / values[:, 1].mean() if values[:, 1].mean() else np.nan,
+        "p": _sign_flip_p(difference),
+        "effect": difference.mean() / deviation if deviation else 0.0,
+    }
+
+
+def _sign_flip_p(difference: np.ndarray) -> float:
+    if not difference.any():
+        return 1.0
+    nonzero = difference[difference != 0]  # a flipped zero changes nothing
+    result = stats.permutation_test(
+        (nonzero,),
+        np.sum,
+        permutation_type="samples",
+        n_resamples=N_RESAMPLES,
+        batch=max(1, 5_000_000 // len(nonzero)),
+        rng=np.random.default_rng(0),
+    )
+    return float(result.pvalue)
+
+
+def compare_many(pairs: Mapping[str, tuple[Runs, Runs]] | Sequence[tuple[Runs, Runs]], metric: str = "ndcg@10") -> pd.DataFrame:
+    """`compare` for a family of hypotheses, with Holm's correction over the family.
+
+    Parameters
+    ----------
+    pairs : list of (a, b), or dict label -> (a, b)
+        The whole family, declared before the results are looked at.
+
+    Returns
+    -------
+    DataFrame
+        One row per pair: the values of `compare`, ``p_holm`` (Holm 1979) and ``significant`` (p_holm < .05).
+    """
+    labelled = pairs if isinstance(pairs, Mapping) else {None: None}
+    rows = [compare(a, b, metric) for a, b in (pairs.values() if isinstance(pairs, Mapping) else pairs)]
+    if not rows:
+        raise ValueError("compare_many needs at least one pair")
+    table = pd.DataFrame(rows, index=list(labelled) if isinstance(pairs, Mapping) else None)
+    table["p_holm"] = multipletests(table["p"], method="holm")[1]
+    table["significant"] = table["p_holm"] < 0.05
+    return table

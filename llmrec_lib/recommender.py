@@ -1,0 +1,156 @@
+"""The one interface: whatever can score items for users is a `Recommender`, whether it counts, learns, reads text or fuses."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from torch import FloatTensor, LongTensor
+
+if TYPE_CHECKING:
+    from llmrec_lib.splits import Split
+
+PHASES = ("valid", "test")
+
+
+class Recommender(ABC):
+    """Scores every item for a batch of users.
+
+    Parameters
+    ----------
+    split : Split
+        Gives the histories that a method may read, and the number of users and items.
+    name : str
+        How tables and figures call the method.
+    """
+
+    def __init__(self, split: Split, name: str) -> None:
+        self.split = split
+        self.name = name
+        self.phase = "test"
+
+    @property
+    def n_users(self) -> int:
+        """Number of users, the PAD user 0 included."""
+        return self.split.dataset.n_users
+
+    @property
+    def n_items(self) -> int:
+        """Number of items, the PAD item 0 included."""
+        return self.split.dataset.n_items
+
+    def at(self, phase: str) -> Recommender:
+        """A view of this recommender that reads the histories of `phase` ("valid": train; "test": train and valid)."""
+        if phase not in PHASES:
+            raise ValueError(f"phase is {phase!r}; it is one of {PHASES}")
+        view = copy.copy(self)
+        view.phase = phase
+        return view
+
+    @abstractmethod
+    def score(self, users: LongTensor) -> FloatTensor:
+        """Score all items: users [B] -> scores [B, n_items], higher is better, nothing masked; column 0 is PAD."""
+
+    def describe(self) -> dict:
+        """The configuration that decides the scores, as plain values: what a guard and a results file compare."""
+        plain = (str, int, float, bool, type(None))
+        return {
+            "class": type(self).__name__,
+            **{name: value for name, value in vars(self).items() if isinstance(value, plain) and name != "phase"},
+        }
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r} on {self.split.dataset.name}, {self.split.protocol}>"
+
+
+class ItemSimilarityRecommender(Recommender):
+    """``score(u, ·) = h_u S``: the items of a history vote for the items similar to them.
+
+    EASE, SLIM and ItemKNN learn S from interactions, a content-based method takes it from text; the rest is the same.
+
+    Parameters
+    ----------
+    similarity : Tensor or scipy sparse matrix [n_items, n_items]
+        Row = item of the history, column = item voted for.
+    """
+
+    def __init__(self, split: Split, similarity: torch.Tensor | sp.spmatrix, name: str) -> None:
+        super().__init__(split, name)
+        n_items = split.dataset.n_items
+        if tuple(similarity.shape) != (n_items, n_items):
+            raise ValueError(f"similarity is {tuple(similarity.shape)}; this data set needs ({n_items}, {n_items})")
+        if not sp.issparse(similarity):
+            similarity = similarity.detach().cpu().numpy()
+        self.similarity = similarity.astype(np.float32, copy=False)
+
+    def score(self, users: LongTensor) -> FloatTensor:
+        scores = self.split.history_matrix(self.phase)[users.numpy()] @ self.similarity
+        return torch.from_numpy(np.ascontiguousarray(scores.toarray() if sp.issparse(scores) else scores))
+
+
+class RecBoleRecommender(Recommender):
+    """A trained RecBole model (general, sequential or context-aware) seen through the one interface.
+
+    Sequential models read the user's history of the phase. General and context-aware models know a user only by the vector
+    that training gave, so the events between training and test cannot reach them.
+    """
+
+    def __init__(self, model: torch.nn.Module, split: Split, name: str) -> None:
+        super().__init__(split, name)
+        self.model = model
+
+    def score(self, users: LongTensor) -> FloatTensor:
+        from llmrec_lib import _recbole
+
+        return _recbole.full_sort_scores(self.model, self.split, users, self.phase)
+
+
+class ScoreTable(Recommender):
+    """The scores of another recommender for some users, computed once and kept: for tuning weights, which asks again and again.
+
+    Memory: 4 bytes × len(users) × n_items for each phase that is asked for.
+
+    Raises
+    ------
+    KeyError
+        When scores are asked for a user who is not in `users`.
+    """
+
+    def __init__(self, recommender: Recommender, users: Sequence[int], batch_size: int = 256) -> None:
+        super().__init__(recommender.split, recommender.name)
+        self.recommender = recommender
+        self.batch_size = batch_size
+        self._rows = torch.full((self.n_users,), -1, dtype=torch.long)
+        self._users = torch.as_tensor(np.unique(np.asarray(users, dtype=np.int64)))
+        self._rows[self._users] = torch.arange(len(self._users))
+        self._tables: dict[str, FloatTensor] = {}  # shared by the views that `at` makes
+
+    def score(self, users: LongTensor) -> FloatTensor:
+        rows = self._rows[users]
+        if (rows < 0).any():
+            raise KeyError(f"user {int(users[rows < 0][0])} is not among the {len(self._users)} users of this ScoreTable")
+        if self.phase not in self._tables:
+            arm = self.recommender.at(self.phase)
+            self._tables[self.phase] = torch.cat([arm.score(batch) for batch in self._users.split(self.batch_size)])
+        return self._tables[self.phase][rows].clone()
+
+    def describe(self) -> dict:
+        return self.recommender.describe()
+
+
+def to_recbole(recommender: Recommender, phase: str = "test") -> torch.nn.Module:
+    """Hand a recommender back to RecBole as a `GeneralRecommender` that RecBole's own `Trainer.evaluate` can judge.
+
+    Returns
+    -------
+    recbole.model.abstract_recommender.GeneralRecommender
+        Its ``full_sort_predict`` gives this recommender's scores; evaluate it with `llmrec_lib._recbole.trainer_evaluate`.
+    """
+    from llmrec_lib import _recbole
+
+    return _recbole.wrap(recommender.at(phase))
