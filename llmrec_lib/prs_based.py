@@ -1,0 +1,79 @@
+"""PRS-based methods, ``S = f(g(M(E(U, I, N))))``: encode users and items, compare, filter, rank."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import FloatTensor, LongTensor
+
+from llmrec_lib.baselines import keep_neighbours
+from llmrec_lib.evaluation.evaluate import mask_seen, tie_order, top_k
+from llmrec_lib.recommender import ItemSimilarityRecommender, Recommender
+
+if TYPE_CHECKING:
+    from llmrec_lib.splits import Split
+
+
+def text_similarity(
+    split: Split, item_embeddings: FloatTensor, neighbours: int = 50, name: str = "text"
+) -> ItemSimilarityRecommender:
+    """Items vote for items of similar text: g is the cosine, the filter keeps each item's nearest neighbours.
+
+    Parameters
+    ----------
+    item_embeddings : FloatTensor [n_items, d]
+        From `TextEncoder.encode`, best whitened on training items; row 0 (PAD) is ignored.
+    neighbours : int
+        Neighbours of each item that get a vote.
+    """
+    unit = torch.nn.functional.normalize(item_embeddings.float(), dim=1).numpy()
+    return ItemSimilarityRecommender(split, keep_neighbours(unit @ unit.T, neighbours), name)
+
+
+class UserTextRecommender(Recommender):
+    """A user described in words is compared with the items: similarity → filter → rank.
+
+    ``g(u, i) = cos(M(E(u)), M(i))``; the `n_candidates` most similar unseen items pass the filter; they are ranked by
+    ``z(g) + popularity_weight · z(log(1 + training events))``, z over the candidates; the others follow in the order of g.
+
+    Parameters
+    ----------
+    user_embeddings : dict phase -> FloatTensor [n_users, d]
+        Embeddings of the users' texts as they are known at that phase; rows of users who are not asked for may be zero.
+    item_embeddings : FloatTensor [n_items, d]
+    n_candidates : items that pass the filter.
+    popularity_weight : 0 ranks by similarity alone; choose on validation.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        user_embeddings: dict[str, FloatTensor],
+        item_embeddings: FloatTensor,
+        n_candidates: int = 200,
+        popularity_weight: float = 0.0,
+        name: str = "user text",
+    ) -> None:
+        super().__init__(split, name)
+        self.user_embeddings = user_embeddings
+        self.item_embeddings = torch.nn.functional.normalize(item_embeddings.float(), dim=1)
+        self.n_candidates = n_candidates
+        self.popularity_weight = popularity_weight
+        self._popularity = torch.from_numpy(np.log1p(split.item_counts)).float()
+
+    def score(self, users: LongTensor) -> FloatTensor:
+        from llmrec_lib.fusion import z_score
+
+        profiles = torch.nn.functional.normalize(self.user_embeddings[self.phase][users].float(), dim=1)
+        similarity = profiles @ self.item_embeddings.T
+        masked = mask_seen(similarity.clone(), self.split, users, self.phase)
+        kept = top_k(masked, min(self.n_candidates, self.n_items - 1), tie_order(self.n_items))
+        ranked = z_score(masked.gather(1, kept))
+        ranked = ranked + self.popularity_weight * z_score(
+            torch.where(torch.isfinite(ranked), self._popularity[kept], -torch.inf)
+        )
+        ranked = torch.where(torch.isfinite(ranked), ranked, similarity.gather(1, kept) - 100.0)
+        lift = similarity.amax(dim=1, keepdim=True) - ranked.amin(dim=1, keepdim=True) + 1.0
+        return similarity.scatter(1, kept, ranked + lift)
