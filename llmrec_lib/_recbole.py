@@ -69,6 +69,7 @@ def contained(seed: int | None = None) -> Iterator[None]:
     missing = object()
     argv, gpus = sys.argv, os.environ.get("CUDA_VISIBLE_DEVICES", missing)
     anomaly = torch.is_anomaly_enabled()
+    cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
     python_state, numpy_state = random.getstate(), np.random.get_state()
     names = {*_NUMPY_ALIASES, *_SET_BY_CONFIG}
     attributes = {name: vars(np).get(name, missing) for name in names}
@@ -93,6 +94,7 @@ def contained(seed: int | None = None) -> Iterator[None]:
         else:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpus
         torch.autograd.set_detect_anomaly(anomaly)
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         for name, value in attributes.items():
@@ -297,6 +299,9 @@ def build(model_name: str, split: Split, settings: dict, seed: int) -> SimpleNam
     }
     if sequential or model_name == "Pop":
         fixed["train_neg_sample_args"] = None
+    elif cls.type == ModelType.CONTEXT:  # RecBole expects labelled clicks there; here what was not taken is sampled
+        fixed["train_neg_sample_args"] = {"distribution": "uniform", "sample_num": 1, "alpha": 1.0}
+        fixed["train_neg_sample_args"] |= {"dynamic": False, "candidate_num": 0}
     config = Config(model=model_name, dataset="llmrec", config_dict={**fixed, **settings})
     init_seed(seed, True)
     max_length = config["MAX_ITEM_LIST_LENGTH"] if sequential else 0
@@ -374,7 +379,10 @@ def fit(model_name: str, split: Split, settings: dict, seed: int, progress: bool
             return _sparse_state(linear)
         recommender = RecBoleRecommender(built.model, split, model_name)
         users = split.eval_users("valid", settings.get("valid_users", 0))
-        trainer = _trainer(built, model_name, lambda: evaluate(recommender, split, "valid", users=users).mean("ndcg@10"))
+        k = min(10, split.dataset.n_items - 1)  # a catalogue may be smaller than the usual cut-off
+        trainer = _trainer(
+            built, model_name, lambda: evaluate(recommender, split, "valid", ks=(k,), users=users).mean(f"ndcg@{k}")
+        )
         curve: list[float] = []
         with tqdm(total=trainer.epochs, desc=f"train {model_name}", unit="epoch", leave=False, disable=not progress) as bar:
 

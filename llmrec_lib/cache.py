@@ -87,9 +87,11 @@ def _update(digest: Any, part: Any) -> None:
         digest.update(f"file:{file_sha256(part)}".encode())
     elif isinstance(part, types.ModuleType | types.FunctionType | type):
         digest.update(f"source:{inspect.getsource(part)}".encode())
-    elif hasattr(part, "detach"):  # a torch tensor, without importing torch
-        _update(digest, part.detach().cpu().contiguous().view(-1).float().numpy())
-        digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
+    elif hasattr(part, "detach"):  # a torch tensor: torch is imported already
+        import torch
+
+        digest.update(f"tensor:{part.dtype}:{tuple(part.shape)}:".encode())
+        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     elif hasattr(part, "dtype") and hasattr(part, "tobytes"):
         digest.update(f"array:{part.dtype.str}:{part.shape}:".encode())
         digest.update(repr(part.tolist()).encode() if part.dtype.hasobject else part.tobytes())

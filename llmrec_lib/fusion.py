@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -132,6 +131,8 @@ class HybridFusion(_Fusion):
         rule: str = "z",
         name: str | None = None,
     ) -> None:
+        if rule not in NORMALISERS:
+            raise ValueError(f"no rule {rule!r}; there are {', '.join(NORMALISERS)}")
         super().__init__(arms, name or " + ".join(arm.name for arm in arms))
         if not callable(weights) and len(weights) != len(arms):
             raise ValueError(f"{len(arms)} arms need {len(arms)} weights; got {len(weights)}")
@@ -198,7 +199,7 @@ class SequentialFusion(_Fusion):
             best = torch.sort(total, dim=1, descending=True, stable=True).indices[:, :n_next]
             kept, total = kept.gather(1, best), total.gather(1, best)
         # Candidates first, in their accumulated order; everything else behind them, in the retriever's order.
-        self_order = _unmasked(z_score(accumulated))
+        self_order, total = _unmasked(z_score(accumulated)), _unmasked(total)  # few unseen items: masked ones are kept too
         lift = (self_order.amax(dim=1, keepdim=True) - total.amin(dim=1, keepdim=True)).clamp(min=0) + 1.0
         return self_order.scatter(1, kept, total + lift), kept
 
@@ -260,9 +261,3 @@ def tune(
     rows = [(value, evaluate(build(value), split, "valid", users=users).mean(metric)) for value in values]
     table = pd.DataFrame(rows, columns=["value", metric])
     return values[int(table[metric].to_numpy().argmax())], table
-
-
-def shuffled_items(similarity: np.ndarray, seed: int) -> np.ndarray:
-    """Placebo: the rows of an item embedding (or similarity) given to other items at random; PAD stays. Same shape."""
-    order = np.r_[0, 1 + np.random.default_rng(seed).permutation(len(similarity) - 1)]
-    return copy.deepcopy(similarity[order])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,10 +11,51 @@ from torch import FloatTensor, LongTensor
 
 from llmrec_lib.baselines import keep_neighbours
 from llmrec_lib.evaluation.evaluate import mask_seen, tie_order, top_k
-from llmrec_lib.recommender import ItemSimilarityRecommender, Recommender
+from llmrec_lib.prompts import Template, user_prompts
+from llmrec_lib.recommender import PHASES, ItemSimilarityRecommender, Recommender
 
 if TYPE_CHECKING:
+    from llmrec_lib.language_models.encoder import TextEncoder, Whitening
     from llmrec_lib.splits import Split
+
+
+# Encoders read about 128 tokens: the newest titles first in line, then the profile.
+USER_TEXT = Template("user_text", "{history} {profile}", max_items=10)
+
+
+def embed_items(split: Split, encoder: TextEncoder, whiten: bool = True) -> tuple[FloatTensor, Whitening | None]:
+    """M(I): embeddings of the item texts [n_items, d], whitened with what the items of the training part show.
+
+    Returns
+    -------
+    embeddings, whitening
+        `whitening` (None without) puts other texts into the same space.
+    """
+    from llmrec_lib.language_models.encoder import Whitening
+
+    raw = encoder.encode(split.dataset.item_text, progress=False)
+    if not whiten:
+        return raw, None
+    whitening = Whitening().fit(raw[torch.from_numpy(split.item_counts > 0)])
+    return whitening.transform(raw), whitening
+
+
+def embed_users(
+    split: Split, encoder: TextEncoder, users: Sequence[int], whitening: Whitening | None = None
+) -> dict[str, FloatTensor]:
+    """M(E(U)): embeddings of what is known of the users in words, for each phase.
+
+    Returns
+    -------
+    dict phase -> FloatTensor [n_users, d]; rows of users who are not asked for are zero.
+    """
+    embeddings = {}
+    for phase in PHASES:
+        rows = encoder.encode(user_prompts(split, users, phase, USER_TEXT), progress=False)
+        rows = rows if whitening is None else whitening.transform(rows)
+        embeddings[phase] = torch.zeros(split.dataset.n_users, rows.shape[1])
+        embeddings[phase][torch.as_tensor(np.asarray(users, dtype=np.int64))] = rows
+    return embeddings
 
 
 def text_similarity(
@@ -24,7 +66,7 @@ def text_similarity(
     Parameters
     ----------
     item_embeddings : FloatTensor [n_items, d]
-        From `TextEncoder.encode`, best whitened on training items; row 0 (PAD) is ignored.
+        From `embed_items`; row 0 (PAD) is ignored.
     neighbours : int
         Neighbours of each item that get a vote.
     """

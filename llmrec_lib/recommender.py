@@ -12,10 +12,13 @@ import scipy.sparse as sp
 import torch
 from torch import FloatTensor, LongTensor
 
+from llmrec_lib.cache import content_key
+
 if TYPE_CHECKING:
     from llmrec_lib.splits import Split
 
 PHASES = ("valid", "test")
+_CSR = ("data", "indices", "indptr")
 
 
 class Recommender(ABC):
@@ -92,6 +95,11 @@ class ItemSimilarityRecommender(Recommender):
         scores = self.split.history_matrix(self.phase)[users.numpy()] @ self.similarity
         return torch.from_numpy(np.ascontiguousarray(scores.toarray() if sp.issparse(scores) else scores))
 
+    def describe(self) -> dict:
+        dense = not sp.issparse(self.similarity)
+        weights = [self.similarity] if dense else [getattr(self.similarity.tocsr(), part) for part in _CSR]
+        return {**super().describe(), "similarity": content_key(*weights)}
+
 
 class RecBoleRecommender(Recommender):
     """A trained RecBole model (general, sequential or context-aware) seen through the one interface.
@@ -108,6 +116,9 @@ class RecBoleRecommender(Recommender):
         from llmrec_lib import _recbole
 
         return _recbole.full_sort_scores(self.model, self.split, users, self.phase)
+
+    def describe(self) -> dict:
+        return {**super().describe(), "model": type(self.model).__name__, "weights": content_key(dict(self.model.state_dict()))}
 
 
 class ScoreTable(Recommender):

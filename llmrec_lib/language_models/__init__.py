@@ -1,0 +1,1 @@
+"""Language models: pinned weights, text embeddings, title likelihoods, sequence backbones."""

@@ -1,0 +1,229 @@
+"""Texts to embeddings with a Transformer, and the whitening that makes their cosine similarity useful."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from llmrec_lib.cache import cached_tensors, content_key
+from llmrec_lib.language_models import catalog
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BATCH_TOKENS = 4096  # padded tokens per forward: enough to fill the cores, small enough for their caches
+
+
+def choose_device(device: str) -> torch.device:
+    """"auto" is the GPU where there is one, else the CPU; everything else is torch's own name of a device."""
+    if device != "auto":
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """"auto" is bfloat16 where the machine multiplies matrices clearly faster in it (measured once), else float32."""
+    if dtype == "auto":
+        return torch.bfloat16 if _bfloat16_pays(device) else torch.float32
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype {dtype!r} must be 'auto', 'float32' or 'bfloat16'")
+    return getattr(torch, dtype)
+
+
+@functools.cache
+def _bfloat16_pays(device: torch.device) -> bool:
+    if device.type != "cpu":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(256, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+        torch.nn.functional.linear(a, b)  # the first call chooses and builds the kernel
+        best = float("inf")
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.nn.functional.linear(a, b)
+            best = min(best, time.perf_counter() - start)
+        seconds[dtype] = best
+    return seconds[torch.bfloat16] < 0.67 * seconds[torch.float32]
+
+
+class TextEncoder:
+    """Embeddings of texts, by a sentence encoder or by the body of a causal language model.
+
+    Parameters
+    ----------
+    model : str or (model, tokenizer)
+        A name for `catalog.fetch`, or a loaded model without head, such as an untrained one of the same shape.
+    pooling : {"auto", "mean", "cls", "last"}
+        "auto": what the model's ``1_Pooling/config.json`` says; without one, the last token for causal language
+        models, the mean over tokens for all others.
+    device, dtype : str
+        See `choose_device` and `choose_dtype`.
+    max_tokens : int
+        Longer texts lose their end. Special tokens count.
+    """
+
+    def __init__(
+        self,
+        model: str | tuple[PreTrainedModel, PreTrainedTokenizerBase] = "minilm",
+        pooling: Literal["auto", "mean", "cls", "last"] = "auto",
+        device: str = "auto",
+        dtype: str = "auto",
+        max_tokens: int = 128,
+    ) -> None:
+        if pooling not in ("auto", "mean", "cls", "last"):
+            raise ValueError(f"pooling {pooling!r} must be 'auto', 'mean', 'cls' or 'last'")
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens}; at least 1 is needed")
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device)
+        folder = catalog.fetch(model) if isinstance(model, str) else None
+        if isinstance(model, str):
+            loaded, self.tokenizer = catalog.load_encoder(model, self.dtype)
+            self._hash = catalog.model_hash(folder)
+        else:
+            loaded, self.tokenizer = model
+            self._hash = catalog.weights_hash(loaded)
+        self.model = loaded.to(device=self.device, dtype=self.dtype).eval()
+        self.pooling = _pooling_of(folder, self.model) if pooling == "auto" else pooling
+        limit = getattr(self.model.config, "max_position_embeddings", None) or max_tokens
+        self.max_tokens = min(max_tokens, limit)
+
+    def encode(self, texts: Sequence[str], normalize: bool = True, progress: bool = True) -> Tensor:
+        """Embed texts; equal texts are embedded once, and results are kept on disk.
+
+        Parameters
+        ----------
+        texts : sequence of str, length n
+            An empty text is embedded as what the tokenizer makes of it (special tokens only), so it is finite.
+        normalize : bool
+            Scale each row to length 1.
+        progress : bool
+            Show a progress bar.
+
+        Returns
+        -------
+        Tensor of float32 [n, d]
+        """
+        unique = list(dict.fromkeys(texts))
+        rows = {text: row for row, text in enumerate(unique)}
+        ids = self._tokenize(unique)
+        key = content_key("encoder 1", self._hash, self.pooling, str(self.dtype), ids)
+        stored = cached_tensors("embeddings", key, lambda: {"embeddings": self._embed(ids, progress)})
+        embeddings = stored["embeddings"][[rows[text] for text in texts]]
+        return torch.nn.functional.normalize(embeddings, dim=1) if normalize else embeddings
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        ids = self.tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
+        return [row or [first_token(self.tokenizer)] for row in ids]
+
+    @torch.inference_mode()
+    def _embed(self, ids: list[list[int]], progress: bool) -> Tensor:
+        embeddings = torch.zeros(len(ids), self.model.config.hidden_size)
+        order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
+        with tqdm(total=len(ids), desc="embedding", unit="text", disable=not progress) as bar:
+            start = 0
+            while start < len(order):
+                batch = order[start : start + max(1, BATCH_TOKENS // len(ids[order[start]]))]
+                embeddings[batch] = self._forward([ids[row] for row in batch]).float().cpu()
+                start += len(batch)
+                bar.update(len(batch))
+        return embeddings
+
+    def _forward(self, ids: list[list[int]]) -> Tensor:
+        tokens, mask = pad_right(ids, self.device)
+        hidden = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        lengths = mask.sum(1)
+        if self.pooling == "last":
+            return hidden[torch.arange(len(ids)), lengths - 1]
+        return (hidden.float() * mask[:, :, None]).sum(1) / lengths[:, None]
+
+
+def pad_right(ids: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token lists of any lengths as one LongTensor [n, longest], filled with 0, and its mask of real tokens."""
+    longest = max(map(len, ids))
+    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=device)
+    return tokens, mask
+
+
+def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that stands for "nothing yet": beginning of sequence, else end of sequence, else padding, else 0."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        if token is not None:
+            return token
+    return 0
+
+
+def _pooling_of(folder: Path | None, model: PreTrainedModel) -> str:
+    settings = folder / "1_Pooling" / "config.json" if folder else None
+    if settings and settings.is_file():
+        modes = json.loads(settings.read_text(encoding="utf-8"))
+        for name, pooling in (("mean_tokens", "mean"), ("cls_token", "cls"), ("lasttoken", "last")):
+            if modes.get(f"pooling_mode_{name}"):
+                return pooling
+        raise ValueError(f"{settings} asks for a pooling that is not mean, cls or last; give pooling= one of these")
+    architectures = getattr(model.config, "architectures", None) or [type(model).__name__]
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, BertConfig
+
+    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+    body_of_causal = type(model.config) in MODEL_FOR_CAUSAL_LM_MAPPING and not isinstance(model.config, BertConfig)
+    return "last" if causal or body_of_causal else "mean"
+
+
+class Whitening:
+    """PCA whitening: zero mean, uncorrelated directions of equal variance, so that cosine similarity uses all of them.
+
+    Source: Su et al. 2021, "Whitening Sentence Representations for Better Semantics and Faster Retrieval",
+    W = U Λ^(-1/2) of the covariance, with shrinkage towards a multiple of the identity,
+    Σ' = (1 − s) Σ + s tr(Σ)/d I, which also defines it for fewer rows than dimensions.
+    """
+
+    mean: Tensor
+    matrix: Tensor
+
+    def fit(self, embeddings: Tensor, shrinkage: float = 0.01, n_components: int | None = None) -> Whitening:
+        """Learn mean and directions from these rows only: pass the items that training may know.
+
+        Parameters
+        ----------
+        embeddings : Tensor [n, d]
+        shrinkage : float in [0, 1]
+            0 is plain whitening, for which directions without variance are dropped; 1 only centres and scales.
+        n_components : int, optional
+            Keep this many directions of largest variance (1 to d).
+        """
+        if embeddings.ndim != 2 or len(embeddings) < 2:
+            raise ValueError(f"embeddings of shape {tuple(embeddings.shape)}: at least 2 rows [n, d] are needed")
+        if not torch.isfinite(embeddings).all():
+            raise ValueError("embeddings hold NaN or infinite values")
+        if not 0 <= shrinkage <= 1:
+            raise ValueError(f"shrinkage is {shrinkage}; it must lie in 0..1")
+        dimensions = embeddings.shape[1]
+        if n_components is not None and not 1 <= n_components <= dimensions:
+            raise ValueError(f"n_components is {n_components}; it must lie in 1..{dimensions}")
+        rows = embeddings.double()
+        self.mean = rows.mean(0)
+        covariance = torch.cov(rows.T).reshape(dimensions, dimensions)
+        variances, directions = torch.linalg.eigh(covariance)
+        variances, directions = variances.flip(0).clamp_min(0), directions.flip(1)
+        shrunk = (1 - shrinkage) * variances + shrinkage * variances.mean()
+        scale = torch.where(shrunk > 1e-12 * shrunk[0].clamp_min(1e-300), shrunk.rsqrt(), 0.0)
+        self.matrix = (directions * scale)[:, :n_components]
+        return self
+
+    def transform(self, embeddings: Tensor) -> Tensor:
+        """Whitened embeddings, float32 [n, n_components]."""
+        return ((embeddings.double() - self.mean) @ self.matrix).float()

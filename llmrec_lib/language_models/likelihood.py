@@ -1,0 +1,335 @@
+"""log p(title | prompt) of every title of a catalogue: the prompt is read once, shared beginnings of titles once."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from llmrec_lib.cache import cached_tensors, content_key
+from llmrec_lib.language_models import catalog
+from llmrec_lib.language_models.encoder import choose_device, choose_dtype, first_token, pad_right
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HEAD_ROWS = 128  # positions per vocabulary projection: 128 x 49,152 logits stay near the cores' caches
+_ANCHOR = ":"
+
+
+@dataclass(frozen=True)
+class LikelihoodScores:
+    """Scores of all titles under one prompt."""
+
+    sum: Tensor
+    """float32 [n_titles]: natural logarithm of the probability of each title's tokens, closing suffix included."""
+    n_tokens: Tensor
+    """int64 [n_titles]: how many tokens that were; sum / n_tokens is the mean per token."""
+
+
+class TitleLikelihood:
+    """Log-likelihood of each title of a catalogue as the continuation of a prompt.
+
+    A title is scored as the tokens that a blank, the title and the suffix add to a text. The suffix makes it a complete
+    sequence: without it "Alien" would get the probability of everything that begins with "Alien", "Aliens" included.
+    An empty title is the suffix alone.
+
+    The titles form a prefix tree. Each node that has children goes through the model once per prompt, with a 4-D
+    attention mask that shows it the prompt and its own ancestors. Nodes are visited depth first and packed into chunks;
+    a chunk repeats the ancestors of its first node, so it needs nothing of the chunks before it.
+    Models that cannot do this (a small trial finds out) read prompt and title together, in padded batches.
+
+    Parameters
+    ----------
+    model : str or (model, tokenizer)
+        A name for `catalog.fetch`, or a loaded causal language model, which is moved to `device` and `dtype` in place.
+    titles : list of str
+        In the order of the scores.
+    suffix : str
+        Closes a title; by default that of the prompt templates.
+    dtype, device : str
+        See `choose_dtype` and `choose_device`.
+    chunk_tokens : int
+        Nodes per forward; with the vocabulary it bounds the memory, and decides no score beyond rounding.
+
+    Notes
+    -----
+    Blanks at the end of a prompt are dropped, since the title brings its own. An empty prompt is the first token alone
+    (beginning of sequence, else end of sequence). With prompts longer than the model's context less the longest title,
+    the last tokens are kept, and a beginning-of-sequence token if there was one. A title longer than half the context
+    is cut there, with a warning; `LikelihoodScores.n_tokens` tells.
+    """
+
+    def __init__(
+        self,
+        model: str | tuple[PreTrainedModel, PreTrainedTokenizerBase],
+        titles: Sequence[str],
+        suffix: str = ";",
+        dtype: str = "auto",
+        chunk_tokens: int = 512,
+        device: str = "auto",
+    ) -> None:
+        if not titles:
+            raise ValueError("titles is empty: there is nothing to score")
+        if chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens is {chunk_tokens}; at least 1 is needed")
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device)
+        loaded, self.tokenizer = catalog.load_causal(model, self.dtype) if isinstance(model, str) else model
+        self._folder = catalog.fetch(model) if isinstance(model, str) else None
+        self.model = loaded.to(device=self.device, dtype=self.dtype).eval()
+        self.titles, self.suffix, self.chunk_tokens = list(titles), suffix, chunk_tokens
+        config = self.model.config
+        self.context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        self.title_tokens = self._tokenize_titles()
+        self.n_tokens = torch.tensor([len(tokens) for tokens in self.title_tokens])
+        self._tree = _Tree(self.title_tokens)
+        self._cache_argument = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+        self._split_head = False
+        self.shares_prompt = self._can_share_prompt()
+        self._split_head = self.shares_prompt and self._has_plain_head()
+        self._prior: LikelihoodScores | None = None
+
+    def log_likelihood(self, prompt: str | Sequence[int]) -> LikelihoodScores:
+        """Score all titles under one prompt, given as text or as token ids."""
+        ids = self.prompt_tokens(prompt)
+        if not self.shares_prompt:
+            batch_size = max(1, 4 * self.chunk_tokens // (len(ids) + int(self.n_tokens.max())))
+            return naive_log_likelihood(self, ids, batch_size=batch_size)
+        return LikelihoodScores(self._tree_scores(ids, self._tree), self.n_tokens)
+
+    def prior(self) -> LikelihoodScores:
+        """Scores under the empty prompt: how probable the titles are by themselves. Computed once."""
+        if self._prior is None:
+            self._prior = self.log_likelihood("")
+        return self._prior
+
+    def score_catalogue(self, prompts: Sequence[str], progress: bool = True) -> Tensor:
+        """Sums of `log_likelihood` for many prompts, each stored on disk as soon as it is known.
+
+        Returns
+        -------
+        Tensor of float32 [n_prompts, n_titles]
+        """
+        model = catalog.model_hash(self._folder) if self._folder else catalog.weights_hash(self.model)
+        base = content_key("likelihood 1", model, self.title_tokens, str(self.dtype), self.context)
+        scores = torch.empty(len(prompts), len(self.titles))
+        for row, prompt in enumerate(tqdm(prompts, desc="scoring titles", unit="prompt", disable=not progress)):
+            ids = self.prompt_tokens(prompt)
+            key = content_key(base, ids)
+            stored = cached_tensors(f"likelihood/{base[:16]}", key, lambda ids=ids: {"sum": self.log_likelihood(ids).sum})
+            scores[row] = stored["sum"]
+        return scores
+
+    def prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids under which the titles are scored; see Notes for blanks, empty and long prompts."""
+        if isinstance(prompt, str):
+            text = prompt.rstrip(" ")
+            ids = list(self.tokenizer(text)["input_ids"]) if text else []
+            eos = self.tokenizer.eos_token_id
+            if len(ids) > 1 and ids[-1] == eos and not text.endswith(self.tokenizer.eos_token):
+                ids.pop()  # some tokenizers close a text by themselves; here it goes on
+        else:
+            ids = [int(token) for token in prompt]
+        if not ids:
+            return [first_token(self.tokenizer)]
+        room = self.context - int(self.n_tokens.max()) if self.context else len(ids)
+        if len(ids) > room:
+            has_bos = ids[0] == self.tokenizer.bos_token_id and room > 1
+            ids = [ids[0], *ids[len(ids) - room + 1 :]] if has_bos else ids[len(ids) - room :]
+        return ids
+
+    def _tokenize_titles(self) -> list[list[int]]:
+        def tokenize(texts: list[str]) -> list[list[int]]:
+            return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+        # Tokenizers treat the very beginning of a text specially, so each title is read after another character.
+        texts = [f" {title}{self.suffix}" if title else self.suffix for title in self.titles]
+        anchor = tokenize([_ANCHOR])[0]
+        tokens = []
+        for text, ids in zip(texts, tokenize([_ANCHOR + text for text in texts]), strict=True):
+            follows = ids[: len(anchor)] == anchor and len(ids) > len(anchor)
+            tokens.append(ids[len(anchor) :] if follows else tokenize([text])[0])
+        if not all(tokens):
+            empty = self.titles[[bool(row) for row in tokens].index(False)]
+            raise ValueError(f"title {empty!r} with suffix {self.suffix!r} has no tokens; give a suffix that has one")
+        longest = max(1, self.context // 2) if self.context else max(map(len, tokens))
+        if any(len(row) > longest for row in tokens):
+            n_cut = sum(len(row) > longest for row in tokens)
+            warnings.warn(f"{n_cut} title(s) have more than {longest} tokens, half the context; cut", stacklevel=3)
+        return [row[:longest] for row in tokens]
+
+    def _read(self, ids: Tensor, cache: Any, keep: int, **keywords: Any) -> tuple[Tensor, Any]:
+        """Hidden states where the head can be applied separately, else logits, of the last `keep` tokens; the cache."""
+        body = self.model.base_model if self._split_head else self.model
+        outputs = body(input_ids=ids[None], use_cache=True, **{self._cache_argument: cache}, **keywords)
+        states = outputs.last_hidden_state if self._split_head else outputs.logits
+        return states[0, -keep:], getattr(outputs, self._cache_argument)
+
+    @torch.inference_mode()
+    def _tree_scores(self, prompt: list[int], tree: _Tree) -> Tensor:
+        log_p = torch.zeros(len(tree.tokens), dtype=torch.float64)  # of each node, given its parent
+        states, cache = self._read(torch.tensor(prompt, device=self.device), None, keep=1)
+        self._score_children(states, [0], tree, log_p)
+        for nodes, parents, n_repeated in tree.chunks(self.chunk_tokens):
+            mask = _ancestor_mask(parents, len(prompt), self.dtype).to(self.device)
+            positions = (tree.depth[nodes] + (len(prompt) - 1)).to(self.device)
+            states, cache = self._read(
+                tree.tokens[nodes].to(self.device),
+                cache,
+                keep=len(nodes) - n_repeated,
+                attention_mask=mask[None, None],
+                position_ids=positions[None],
+            )
+            cache.crop(-len(nodes))
+            self._score_children(states, nodes[n_repeated:].tolist(), tree, log_p)
+        return tree.path_sums(log_p).float()
+
+    def _score_children(self, states: Tensor, nodes: list[int], tree: _Tree, log_p: Tensor) -> None:
+        """Write log p of each child of `nodes`, whose hidden states or logits are the rows of `states`."""
+        for start in range(0, len(nodes), HEAD_ROWS):
+            block = states[start : start + HEAD_ROWS]
+            logits = self.model.get_output_embeddings()(block) if self._split_head else block
+            children = [tree.children[node] for node in nodes[start : start + HEAD_ROWS]]
+            rows = torch.repeat_interleave(torch.tensor([len(ids) for ids in children])).to(self.device)
+            child_nodes = torch.tensor([child for ids in children for child in ids])
+            # The chosen logit is rounded as the normaliser's are, so that near-certain tokens stay at log p = 0.
+            chosen = logits[rows, tree.tokens[child_nodes].to(self.device)].float()
+            log_p[child_nodes] = (chosen - logits.float().logsumexp(1)[rows]).double().cpu()
+
+    def _can_share_prompt(self) -> bool:
+        """Try a small tree against the plain loop; what differs would be scored wrongly, so it is not used."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        ids = [(7 + 31 * i) % vocabulary for i in range(16)]
+        prompt, titles = ids[:4], [ids[4:8], ids[4:6] + ids[8:11], ids[11:16]]
+        right = _padded_scores(self, prompt, titles, batch_size=1)
+        wrong = _padded_scores(self, prompt + titles[0], titles, batch_size=1)  # the size of an error that matters
+        try:
+            with torch.inference_mode():
+                _, cache = self._read(torch.tensor(prompt, device=self.device), None, keep=1)
+            # Sliding windows and recurrent states cannot be cut back to the prompt, or do not follow the mask.
+            if not all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers):
+                return False
+            found = self._tree_scores(prompt, _Tree(titles))
+        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            return False
+        tolerance = 0.02 if self.dtype == torch.float32 else 0.3
+        return bool((found - right).abs().max() <= tolerance * (wrong - right).abs().max())
+
+    @torch.inference_mode()
+    def _has_plain_head(self) -> bool:
+        """Whether logits are the output embedding of the body's last hidden state, with nothing in between."""
+        ids = torch.arange(min(8, self.model.config.get_text_config().vocab_size), device=self.device)[None]
+        try:
+            plain = self.model.get_output_embeddings()(self.model.base_model(input_ids=ids).last_hidden_state)
+        except (AttributeError, TypeError, RuntimeError):
+            return False
+        logits = self.model(input_ids=ids).logits
+        return plain.shape == logits.shape and torch.allclose(plain.float(), logits.float(), rtol=1e-3, atol=1e-4)
+
+
+def naive_log_likelihood(
+    scorer: TitleLikelihood, prompt: str | Sequence[int], rows: Sequence[int] | None = None, batch_size: int = 1
+) -> LikelihoodScores:
+    """The reference: prompt and title are read together, for each distinct title anew.
+
+    Parameters
+    ----------
+    scorer : TitleLikelihood
+        Gives model, tokens and rules for prompts.
+    prompt : str or token ids
+    rows : sequence of int, optional
+        Positions in ``scorer.titles``; all by default.
+    batch_size : int
+        Titles of similar length read together, padded on the right.
+    """
+    chosen = range(len(scorer.titles)) if rows is None else rows
+    titles = [scorer.title_tokens[row] for row in chosen]
+    scores = _padded_scores(scorer, scorer.prompt_tokens(prompt), titles, batch_size)
+    return LikelihoodScores(scores, torch.tensor([len(title) for title in titles], dtype=torch.int64))
+
+
+@torch.inference_mode()
+def _padded_scores(scorer: TitleLikelihood, prompt: list[int], titles: list[list[int]], batch_size: int) -> Tensor:
+    model = scorer.model
+    short_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+    unique = sorted(set(map(tuple, titles)), key=len)
+    scores: dict[tuple[int, ...], float] = {}
+    for start in range(0, len(unique), batch_size):
+        batch = unique[start : start + batch_size]
+        tokens, mask = pad_right([[*prompt, *title] for title in batch], scorer.device)
+        longest = len(batch[-1])
+        keep = {"logits_to_keep": longest + 1} if short_logits else {}
+        logits = model(input_ids=tokens, attention_mask=mask, use_cache=False, **keep).logits[:, -longest - 1 : -1]
+        log_p = logits.float().log_softmax(-1).gather(2, tokens[:, -longest:, None])[:, :, 0]
+        sums = (log_p.double() * mask[:, -longest:]).sum(1)
+        scores.update(zip(batch, sums.tolist(), strict=True))
+    return torch.tensor([scores[tuple(title)] for title in titles], dtype=torch.float32)
+
+
+class _Tree:
+    """Prefix tree of token lists. Node 0 is the prompt; the others are numbered depth first, parents before children."""
+
+    def __init__(self, titles: list[list[int]]) -> None:
+        tokens, parents, depth, ends = [0], [0], [0], {}
+        path, previous = [0], ()
+        for title in sorted(set(map(tuple, titles))):
+            shared = 0
+            while shared < min(len(title), len(previous)) and title[shared] == previous[shared]:
+                shared += 1
+            del path[shared + 1 :]
+            for token in title[shared:]:
+                parents.append(path[-1])
+                path.append(len(tokens))
+                tokens.append(token)
+                depth.append(len(path) - 1)
+            ends[title], previous = path[-1], title
+        self.tokens, self.depth, self.parents = torch.tensor(tokens), torch.tensor(depth), parents
+        self.ends = torch.tensor([ends[tuple(title)] for title in titles])
+        self.children: list[list[int]] = [[] for _ in tokens]
+        for node in range(1, len(tokens)):
+            self.children[parents[node]].append(node)
+
+    def chunks(self, size: int) -> Iterator[tuple[Tensor, list[int], int]]:
+        """Nodes with children, about `size` at a time: ids, place of each one's parent in the chunk (-1: the prompt),
+        and how many ancestors at the beginning are repeated from earlier chunks."""
+        inner = [node for node in range(1, len(self.tokens)) if self.children[node]]
+        start = 0
+        while start < len(inner):
+            ancestors: list[int] = []
+            while (parent := self.parents[ancestors[-1] if ancestors else inner[start]]) != 0:
+                ancestors.append(parent)
+            remaining = len(inner) - start
+            room = max(1, size - len(ancestors))
+            fresh = inner[start : start + -(-remaining // -(-remaining // room))]  # equal chunks
+            nodes = ancestors[::-1] + fresh
+            place = {node: i for i, node in enumerate(nodes)} | {0: -1}
+            yield torch.tensor(nodes), [place[self.parents[node]] for node in nodes], len(ancestors)
+            start += len(fresh)
+
+    def path_sums(self, values: Tensor) -> Tensor:
+        """Sum of the node values from the prompt to the end of each title, float64 [n_titles]."""
+        sums = values.tolist()
+        for node in range(1, len(sums)):
+            sums[node] += sums[self.parents[node]]
+        return torch.tensor(sums, dtype=torch.float64)[self.ends]
+
+
+def _ancestor_mask(parents: list[int], n_prompt: int, dtype: torch.dtype) -> Tensor:
+    """Additive attention mask [n, n_prompt + n]: each node sees the prompt, its ancestors and itself."""
+    n = len(parents)
+    visible = torch.zeros(n, n, dtype=torch.bool)
+    rows, seen, parent = torch.arange(n), torch.arange(n), torch.tensor(parents)
+    while len(rows):
+        visible[rows, seen] = True
+        seen = parent[seen]
+        rows, seen = rows[seen >= 0], seen[seen >= 0]
+    mask = torch.zeros(n, n_prompt + n, dtype=dtype)
+    mask[:, n_prompt:].masked_fill_(~visible, torch.finfo(dtype).min)
+    return mask

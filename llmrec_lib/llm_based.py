@@ -1,0 +1,81 @@
+"""LLM-based methods, ``S = f(M(E(U, I, N)))``: item scores come out of the language model's own output distribution."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import FloatTensor, LongTensor
+
+from llmrec_lib.prompts import get_template, item_titles, user_prompts
+from llmrec_lib.recommender import Recommender
+
+if TYPE_CHECKING:
+    from llmrec_lib.language_models.likelihood import TitleLikelihood
+    from llmrec_lib.splits import Split
+
+SCORES = ("sum", "mean", "prior_corrected")
+
+
+def catalogue_likelihood(split: Split, llm: str = "smollm2-135m", template: str = "history", **options) -> TitleLikelihood:
+    """A `TitleLikelihood` over the catalogue of a split: items 1 … n_items − 1, spelled as the template's prompts spell them.
+
+    Parameters
+    ----------
+    llm : name for `catalog.fetch`.
+    **options : of `TitleLikelihood`, such as dtype or chunk_tokens.
+    """
+    from llmrec_lib.language_models.likelihood import TitleLikelihood
+
+    titles = item_titles(split.dataset.titles, template)[1:]
+    return TitleLikelihood(llm, titles, suffix=get_template(template).suffix, **options)
+
+
+class TitleLikelihoodRecommender(Recommender):
+    """Ranks the whole catalogue by how likely the model finds each title after a prompt that tells the user's history.
+
+    With ``L(i | u) = Σ_t log p(title_i,t | prompt_u, title_i,<t)``:
+
+    - "sum": ``L(i | u)``, which favours short titles;
+    - "mean": ``L(i | u) / tokens of the title``, which favours titles whose tokens follow from each other;
+    - "prior_corrected": ``L(i | u) − prior_weight · L(i | no history)``, pointwise mutual information at weight 1
+      (Holtzman et al. 2021, "Surface form competition"): what the history adds to a title.
+
+    Parameters
+    ----------
+    likelihood : TitleLikelihood
+        From `catalogue_likelihood`, with the same template.
+    template : name in `prompts.TEMPLATES`.
+    rule : one of `SCORES`.
+    prior_weight : only for "prior_corrected"; choose on validation.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        likelihood: TitleLikelihood,
+        template: str = "history",
+        rule: str = "sum",
+        prior_weight: float = 1.0,
+        progress: bool = True,
+        name: str | None = None,
+    ) -> None:
+        if rule not in SCORES:
+            raise ValueError(f"no rule {rule!r}; there are {', '.join(SCORES)}")
+        if len(likelihood.titles) != split.dataset.n_items - 1:
+            raise ValueError(f"the likelihood has {len(likelihood.titles)} titles for {split.dataset.n_items - 1} items")
+        super().__init__(split, name or f"likelihood ({rule})")
+        self.likelihood = likelihood
+        self.template = template
+        self.rule = rule
+        self.prior_weight = prior_weight
+        self.progress = progress
+
+    def score(self, users: LongTensor) -> FloatTensor:
+        prompts = user_prompts(self.split, users.numpy(), self.phase, self.template)
+        sums = self.likelihood.score_catalogue(prompts, progress=self.progress)
+        if self.rule == "mean":
+            sums = sums / self.likelihood.n_tokens.clamp(min=1)
+        elif self.rule == "prior_corrected":
+            sums = sums - self.prior_weight * self.likelihood.prior().sum
+        return torch.cat([sums.amin(dim=1, keepdim=True) - 1.0, sums], dim=1)  # PAD first

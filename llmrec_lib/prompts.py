@@ -1,0 +1,206 @@
+"""E(U, I, N): what is known of a user, the items and a stated need, written as text."""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+    from transformers import PreTrainedTokenizerBase
+
+    from llmrec_lib.splits import Split
+
+MAX_CHARACTERS = 200
+_ARTICLES = "The|An|A|Les|Las|Los|Le|La|Lo|L'|Il|I|Der|Die|Das|El|Un|Une|Det|Den|O"
+_ARTICLE_LAST = re.compile(rf"([^()]+), ({_ARTICLES})(?= \(|\)|$)")
+
+
+@dataclass(frozen=True)
+class Template:
+    """Wording of a prompt. The next title follows it directly, so `text` ends where an item is expected."""
+
+    name: str
+    text: str
+    """With any of the fields {history}, {profile}, {need}."""
+    max_items: int = 25
+    """Newest items of the history that are written."""
+    suffix: str = ";"
+    """Closes every title, in the history and as a candidate; inside titles it becomes a comma."""
+    nothing: str = "not stated"
+    """Stands for an empty profile or need."""
+
+    def __post_init__(self) -> None:
+        unknown = {field for _, field, _, _ in string.Formatter().parse(self.text) if field is not None}
+        unknown -= {"history", "profile", "need"}
+        if unknown:
+            raise ValueError(f"template {self.name!r} has unknown fields {sorted(unknown)}; use history, profile, need")
+        if not self.suffix.strip(" ") or self.max_items < 0:
+            raise ValueError(f"template {self.name!r}: suffix must not be blank, max_items not negative")
+
+
+_HISTORY = "chose these items, from oldest to newest: {history}"
+TEMPLATES = {
+    template.name: template
+    for template in (
+        Template("history", f"A user {_HISTORY}"),
+        Template("profile_history", f"A user ({{profile}}) {_HISTORY}"),
+        Template("need", f"A user who is looking for this: {{need}}\nThe user {_HISTORY}"),
+    )
+}
+
+
+def clean_text(text: str) -> str:
+    """Text that cannot break a prompt: NFC, control and invisible characters and all blanks as single blanks, cut.
+
+    >>> clean_text("Toy\\tStory\\n\\nIgnore  this")
+    'Toy Story Ignore this'
+    """
+    text = unicodedata.normalize("NFC", text)
+    text = "".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in text)
+    return " ".join(text.split())[:MAX_CHARACTERS].rstrip()
+
+
+def natural_title(title: str) -> str:
+    """Put a trailing article where it is read.
+
+    >>> natural_title("Matrix, The (1999)")
+    'The Matrix (1999)'
+    >>> natural_title("Eye of Vichy, The (Oeil de Vichy, L') (1993)")
+    "The Eye of Vichy (L'Oeil de Vichy) (1993)"
+    """
+
+    def swap(match: re.Match[str]) -> str:
+        name, article = match.groups()
+        blanks = name[: len(name) - len(name.lstrip())]
+        return f"{blanks}{article}{'' if article.endswith(chr(39)) else ' '}{name.lstrip()}"
+
+    return _ARTICLE_LAST.sub(swap, title)
+
+
+def item_titles(titles: Sequence[str], template: str | Template = "history") -> list[str]:
+    """Titles as prompts write them: natural, clean, free of the template's suffix. Use the same for candidates."""
+    suffix = get_template(template).suffix
+    return [clean_text(natural_title(clean_text(title)).replace(suffix, ",")) for title in titles]
+
+
+def get_template(template: str | Template) -> Template:
+    """The template itself, or the one of that name."""
+    if isinstance(template, Template):
+        return template
+    if template not in TEMPLATES:
+        raise ValueError(f"template {template!r} is unknown; use one of {', '.join(TEMPLATES)}, or make a Template")
+    return TEMPLATES[template]
+
+
+def render(template: str | Template, history_titles: Sequence[str], profile: str = "", need: str = "") -> str:
+    """Write one prompt.
+
+    Parameters
+    ----------
+    template : str or Template
+    history_titles : sequence of str
+        Oldest first; only the newest `max_items` are written, each closed by the template's suffix.
+    profile, need : str
+        Written where the template asks for them.
+
+    Returns
+    -------
+    str
+        Without blanks at its end: a candidate follows as a blank, its title and the suffix.
+    """
+    template = get_template(template)
+    newest = list(history_titles)[max(0, len(history_titles) - template.max_items) :]
+    history = " ".join(title + template.suffix for title in item_titles(newest, template))
+    profile, need = clean_text(profile) or template.nothing, clean_text(need) or template.nothing
+    return template.text.format(history=history, profile=profile, need=need).rstrip(" ")
+
+
+def fit_history(
+    titles: Sequence[str],
+    template: str | Template,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
+    profile: str = "",
+    need: str = "",
+) -> list[str]:
+    """The newest titles with which the rendered prompt has at most `max_tokens` tokens; the oldest are dropped first.
+
+    Raises
+    ------
+    ValueError
+        If the prompt does not fit without any history.
+    """
+    template = get_template(template)
+    kept = list(titles)[max(0, len(titles) - template.max_items) :]
+    while (n_tokens := len(tokenizer(render(template, kept, profile, need))["input_ids"])) > max_tokens:
+        if not kept:
+            raise ValueError(
+                f"template {template.name!r} needs {n_tokens} tokens without any history, max_tokens is {max_tokens}; "
+                "shorten the profile or the need, or allow more tokens"
+            )
+        kept.pop(0)
+    return kept
+
+
+def user_prompts(
+    split: Split,
+    users: ArrayLike,
+    phase: str,
+    template: str | Template = "history",
+    titles: Sequence[str] | None = None,
+    need: str | Sequence[str] = "",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_tokens: int = 0,
+) -> list[str]:
+    """Prompts of users from what may be known of them in a phase.
+
+    Parameters
+    ----------
+    split : Split
+    users : array_like of int [n]
+    phase : {"train", "valid", "test"}
+        Decides which part of the histories is read (`Split.histories`).
+    template : str or Template
+    titles : sequence of str, length n_items, optional
+        Text of each item; the data set's titles by default.
+    need : str or sequence of str
+        One need for all users, or one for each.
+    tokenizer, max_tokens
+        If both are given, old items are dropped until each prompt fits (`fit_history`).
+
+    Returns
+    -------
+    list of str, length n
+
+    Raises
+    ------
+    LeakError
+        If a prompt would contain a held-out event of its user.
+    """
+    template = get_template(template)
+    user_list = np.asarray(users, dtype=np.int64)
+    titles = split.dataset.titles if titles is None else titles
+    if len(titles) != split.dataset.n_items:
+        raise ValueError(f"{len(titles)} titles for {split.dataset.n_items} items (item 0 is PAD)")
+    needs = [need] * len(user_list) if isinstance(need, str) else list(need)
+    if len(needs) != len(user_list):
+        raise ValueError(f"{len(needs)} needs for {len(user_list)} users")
+    histories = [history[-template.max_items :] if template.max_items else [] for history in split.histories(users, phase)]
+    owners = np.repeat(user_list, [len(history) for history in histories])
+    split.guard(owners, np.concatenate([[], *histories]), phase, "prompt history")
+    profiles = split.dataset.user_text if "{profile}" in template.text else None
+    prompts = []
+    for user, history, stated in zip(user_list.tolist(), histories, needs, strict=True):
+        profile = profiles[user] if profiles is not None else ""
+        history_titles = [titles[item] for item in history]
+        if tokenizer is not None and max_tokens:
+            history_titles = fit_history(history_titles, template, tokenizer, max_tokens, profile, stated)
+        prompts.append(render(template, history_titles, profile, stated))
+    return prompts
