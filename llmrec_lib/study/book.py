@@ -133,7 +133,7 @@ def _jupyter_book(stage: Path) -> Path:
     """Run Jupyter Book in the folder `stage`; BookError if it warned. Gives the folder of the pages."""
     # This interpreter's Jupyter Book, wherever the shell's PATH leads; the package has no __main__.
     start = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
-    done = subprocess.run([*start, "build", ".", "-W", "-n", "--keep-going"], cwd=stage, check=False)
+    done = subprocess.run([*start, "build", ".", "-q", "-W", "-n", "--keep-going"], cwd=stage, check=False)
     html = stage / "_build" / "html"
     if done.returncode or not (html / "index.html").is_file():
         raise BookError(f"Jupyter Book ended with status {done.returncode}; its warnings and errors are above")

@@ -64,7 +64,7 @@ def test_missing_book_is_an_exit_status(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_build_from_own_notebooks_then_skip_then_refuse_a_warning(root):
+def test_build_from_own_notebooks_then_skip_then_refuse_a_warning(root, capfd):
     index = build_book(root / "mine", root / "html", root)
     page = root / "html/book/executed/01_data.html"
     assert index.is_file()
@@ -78,5 +78,6 @@ def test_build_from_own_notebooks_then_skip_then_refuse_a_warning(root):
     (root / "book/index.md").write_text("# Start\n\n[](no-such-target)\n")
     with pytest.raises(BookError, match="Jupyter Book ended with status"):
         build_book(root / "mine", root / "html", root)
+    assert "no-such-target" in capfd.readouterr().err
     assert page.read_text() == "kept"  # the old book stays
     assert not list(root.glob(".book-*"))

@@ -1,0 +1,231 @@
+"""Sphinx extension: the pages around the chapters take figures, numbers and run data out of the executed notebooks.
+
+In Markdown: ``{{ run.fusion.best_id_ndcg }}`` is what chapter 06_fusion glued under that name; the directives are
+``run-figure``, ``run-settings`` and ``run-status``. A name that no chapter glued is a warning, so it stops the build.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import importlib.util
+import json
+import shutil
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.parsers.rst import directives
+from docutils.statemachine import StringList
+from sphinx.util.docutils import SphinxDirective
+
+EXECUTED = "book/executed"
+PREFIX = "application/papermill.record/"  # myst_nb.glue(..., display=False) puts it before each MIME type
+# The package carries the JavaScript: formulas then need no network. SVG output needs no fonts either.
+MATHJAX_PACKAGE, MATHJAX_FILE = "sphinx-mathjax-offline", "tex-svg-full.js"
+NOT_RECORDED = "not recorded"
+
+
+def notebooks(source: Path) -> dict[str, dict[str, Any]]:
+    """Chapter name -> executed notebook, in order."""
+    found = sorted((source / EXECUTED).glob("[0-9][0-9]_*.ipynb"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in found if ".failed" not in path.name}
+
+
+def glued(notebook: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name -> MIME type -> data of everything that a notebook glued."""
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    return {
+        output["metadata"]["scrapbook"]["name"]: {
+            kind.removeprefix(PREFIX): "".join(data) if isinstance(data, list) else data
+            for kind, data in output["data"].items()
+        }
+        for output in outputs
+        if "scrapbook" in output.get("metadata", {})
+    }
+
+
+def value(data: dict[str, Any]) -> Any:
+    """A glued number or text; Markdown as its source."""
+    if "text/markdown" in data:
+        return data["text/markdown"]
+    try:
+        return ast.literal_eval(data["text/plain"])  # glue keeps repr(value)
+    except (ValueError, SyntaxError):
+        return data["text/plain"]
+
+
+def figure_png(notebook: dict[str, Any], name: str) -> bytes:
+    """The image that a notebook glued under this name."""
+    return base64.b64decode(glued(notebook)[name]["image/png"])
+
+
+def settings(notebook: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of a run: all of them after `llmrec run`, those that were changed after plain papermill."""
+    metadata = notebook["metadata"]
+    return metadata.get("llmrec", metadata.get("papermill", {})).get("parameters", {})
+
+
+class _FromRuns(SphinxDirective):
+    """What the directives share: they read notebooks, and write Markdown."""
+
+    def chapters(self) -> dict[str, dict[str, Any]]:
+        source = Path(self.env.srcdir)
+        for path in (source / EXECUTED).glob("*.ipynb"):
+            self.env.note_dependency(str(path))
+        return notebooks(source)
+
+    def chapter(self, name: str) -> dict[str, Any]:
+        try:
+            return self.chapters()[name]
+        except KeyError:
+            raise self.error(f"{EXECUTED} has no executed notebook {name!r}") from None
+
+    def markdown(self, text: str) -> list[nodes.Node]:
+        box = nodes.container()
+        self.state.nested_parse(StringList(text.splitlines(), self.get_source_info()[0]), self.content_offset, box)
+        return box.children
+
+
+class RunFigure(_FromRuns):
+    """``run-figure`` CHAPTER NAME: a glued figure, with alt text and caption."""
+
+    required_arguments = 2
+    has_content = True
+    option_spec = {"alt": directives.unchanged_required, "name": directives.unchanged}
+
+    def run(self) -> list[nodes.Node]:
+        chapter, name = self.arguments
+        try:
+            image = figure_png(self.chapter(chapter), name)
+        except KeyError:
+            raise self.error(f"{chapter} glued no figure {name!r}") from None
+        path = Path(self.env.doctreedir).parent / "run_figures" / f"{chapter}-{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+        uri = "/" + Path(*[".."] * len(Path(self.env.srcdir).parts[1:])).joinpath(*path.parts[1:]).as_posix()
+        figure = nodes.figure("", nodes.image(uri=uri, alt=self.options.get("alt", "")))
+        if self.content:
+            paragraph = self.markdown("\n".join(self.content))[0]
+            figure += nodes.caption("", "", *paragraph.children)
+        self.add_name(figure)
+        return [figure]
+
+
+class RunSettings(_FromRuns):
+    """``run-settings`` CHAPTER: one line saying at which scale the numbers of a chapter were made."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        notebook = self.chapter(self.arguments[0])
+        given = settings(notebook)
+        users = given.get("max_users", 0)
+        facts = {
+            "data": given.get("dataset"),
+            "protocol": given.get("protocol"),
+            "seeds": given.get("seeds"),
+            "users": f"a sample of {users}" if users else "all",
+            "executed": _day(notebook["metadata"].get("papermill", {}).get("start_time")),
+        }
+        return self.markdown(
+            "*Made from this run:* " + ", ".join(f"{name} {fact or NOT_RECORDED}" for name, fact in facts.items()) + "."
+        )
+
+
+class RunStatus(_FromRuns):
+    """``run-status``: when each chapter ran, how long, on what machine, with which parameters and from which sources."""
+
+    def run(self) -> list[nodes.Node]:
+        chapters = self.chapters()
+        rows, stamps, lists = [], [], []
+        for name, notebook in chapters.items():
+            papermill = notebook["metadata"].get("papermill", {})
+            record = notebook["metadata"].get("llmrec", {})
+            run = record.get("run", {})
+            memory = run.get("peak_memory_mb")
+            rows.append(
+                [
+                    f"{{doc}}`/{EXECUTED}/{name}`",
+                    _day(papermill.get("start_time")),
+                    _clock(papermill.get("duration")),
+                    f"{memory / 1000:.1f} GB" if memory else NOT_RECORDED,
+                    _machine(run.get("machine")),
+                ]
+            )
+            stamp = record.get("stamp", {})
+            parts = ("notebook", "parameters", "library", "lock", "data", "versions")
+            stamps.append([name] + [f"`{stamp[part][:12]}`" if stamp.get(part) else "–" for part in parts])
+            versions = ", ".join(f"{package} {version}" for package, version in run.get("versions", {}).items())
+            lists += [f"````{{dropdown}} {name}", f"Versions: {versions or NOT_RECORDED}", ""]
+            lists += [_table(["parameter", "value"], [[f"`{k}`", f"`{v!r}`"] for k, v in settings(notebook).items()])]
+            lists += ["````", ""]
+        return self.markdown(
+            "\n".join(
+                [
+                    _table(["chapter", "executed (UTC)", "took", "peak memory", "machine"], rows),
+                    "\n**Hashes** (first 12 digits of SHA-256)\n",
+                    _table(["chapter", *parts], stamps),
+                    "\n**Parameters and versions**\n",
+                    *lists,
+                ]
+            )
+            if chapters
+            else "There is no executed chapter."
+        )
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def _day(time: str | None) -> str:
+    return datetime.fromisoformat(time).strftime("%Y-%m-%d %H:%M") if time else NOT_RECORDED
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return NOT_RECORDED
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _machine(facts: dict[str, Any] | None) -> str:
+    if not facts:
+        return NOT_RECORDED
+    names = [facts.get("cpu"), f"{facts.get('cores')} cores", f"{facts.get('memory_gb')} GB", facts.get("gpu")]
+    return ", ".join(str(name) for name in names if name)
+
+
+def _configure(app: Any, config: Any) -> None:
+    runs = {
+        name[3:]: {key: value(data) for key, data in glued(notebook).items()}
+        for name, notebook in notebooks(Path(app.srcdir)).items()
+    }
+    config.myst_substitutions = {**config.myst_substitutions, "run": runs}
+    if _mathjax():
+        config.mathjax_path = f"mathjax/{MATHJAX_FILE}"
+
+
+def _mathjax() -> Path | None:
+    """The JavaScript inside the package; None without the package, then the page asks a CDN as Sphinx does."""
+    found = importlib.util.find_spec(MATHJAX_PACKAGE)
+    return Path(found.origin).parent / "static" / "mathjax" / MATHJAX_FILE if found and found.origin else None
+
+
+def _copy_mathjax(app: Any, error: Exception | None) -> None:
+    if error is None and app.builder.format == "html" and (source := _mathjax()):
+        target = Path(app.outdir) / "_static" / "mathjax" / MATHJAX_FILE
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+
+
+def setup(app: Any) -> dict[str, bool]:
+    app.connect("config-inited", _configure)
+    app.connect("build-finished", _copy_mathjax)
+    app.add_directive("run-figure", RunFigure)
+    app.add_directive("run-settings", RunSettings)
+    app.add_directive("run-status", RunStatus)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
