@@ -23,7 +23,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 from torch import FloatTensor, LongTensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from llmrec_lib.evaluation.evaluate import evaluate
 

@@ -199,7 +199,8 @@ class SequentialFusion(_Fusion):
             best = torch.sort(total, dim=1, descending=True, stable=True).indices[:, :n_next]
             kept, total = kept.gather(1, best), total.gather(1, best)
         # Candidates first, in their accumulated order; everything else behind them, in the retriever's order.
-        self_order, total = _unmasked(z_score(accumulated)), _unmasked(total)  # few unseen items: masked ones are kept too
+        self_order = _unmasked(z_score(accumulated))
+        total = _unmasked(total)  # where less than n_candidates items are unseen, masked ones are among the kept
         lift = (self_order.amax(dim=1, keepdim=True) - total.amin(dim=1, keepdim=True)).clamp(min=0) + 1.0
         return self_order.scatter(1, kept, total + lift), kept
 

@@ -192,7 +192,7 @@ def user_prompts(
     needs = [need] * len(user_list) if isinstance(need, str) else list(need)
     if len(needs) != len(user_list):
         raise ValueError(f"{len(needs)} needs for {len(user_list)} users")
-    histories = [history[-template.max_items :] if template.max_items else [] for history in split.histories(users, phase)]
+    histories = [history[max(0, len(history) - template.max_items) :] for history in split.histories(user_list, phase)]
     owners = np.repeat(user_list, [len(history) for history in histories])
     split.guard(owners, np.concatenate([[], *histories]), phase, "prompt history")
     profiles = split.dataset.user_text if "{profile}" in template.text else None

@@ -118,7 +118,8 @@ class RecBoleRecommender(Recommender):
         return _recbole.full_sort_scores(self.model, self.split, users, self.phase)
 
     def describe(self) -> dict:
-        return {**super().describe(), "model": type(self.model).__name__, "weights": content_key(dict(self.model.state_dict()))}
+        weights = content_key(dict(self.model.state_dict()))
+        return {**super().describe(), "model": type(self.model).__name__, "weights": weights}
 
 
 class ScoreTable(Recommender):

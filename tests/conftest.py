@@ -12,7 +12,7 @@ from tests.checkerboard import write_checkerboard
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory):
-    """Results go to a temporary cache, unless LLMREC_CACHE names one: then downloaded weights are shared between runs."""
+    """Results go to a temporary cache, unless LLMREC_CACHE names one: then downloads are shared between runs."""
     if os.environ.get("LLMREC_CACHE"):
         yield os.environ["LLMREC_CACHE"]
         return

@@ -10,6 +10,7 @@ import ast
 import base64
 import importlib.util
 import json
+import os
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -104,7 +105,7 @@ class RunFigure(_FromRuns):
         path = Path(self.env.doctreedir).parent / "run_figures" / f"{chapter}-{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image)
-        uri = "/" + Path(*[".."] * len(Path(self.env.srcdir).parts[1:])).joinpath(*path.parts[1:]).as_posix()
+        uri = "/" + os.path.relpath(path, self.env.srcdir).replace(os.sep, "/")
         figure = nodes.figure("", nodes.image(uri=uri, alt=self.options.get("alt", "")))
         if self.content:
             paragraph = self.markdown("\n".join(self.content))[0]
@@ -135,7 +136,7 @@ class RunSettings(_FromRuns):
 
 
 class RunStatus(_FromRuns):
-    """``run-status``: when each chapter ran, how long, on what machine, with which parameters and from which sources."""
+    """``run-status``: when each chapter ran, how long, on what machine, with which parameters, from which sources."""
 
     def run(self) -> list[nodes.Node]:
         chapters = self.chapters()
@@ -209,6 +210,12 @@ def _configure(app: Any, config: Any) -> None:
         config.mathjax_path = f"mathjax/{MATHJAX_FILE}"
 
 
+def _keep_whole(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Napoleon takes what stands before a colon in a property's first line for its type."""
+    if what in ("property", "attribute") and lines:
+        lines[0] = lines[0].replace(": ", " – ")
+
+
 def _mathjax() -> Path | None:
     """The JavaScript inside the package; None without the package, then the page asks a CDN as Sphinx does."""
     found = importlib.util.find_spec(MATHJAX_PACKAGE)
@@ -224,8 +231,14 @@ def _copy_mathjax(app: Any, error: Exception | None) -> None:
 
 def setup(app: Any) -> dict[str, bool]:
     app.connect("config-inited", _configure)
+    app.connect("autodoc-process-docstring", _keep_whole, priority=400)  # before napoleon
     app.connect("build-finished", _copy_mathjax)
     app.add_directive("run-figure", RunFigure)
     app.add_directive("run-settings", RunSettings)
     app.add_directive("run-status", RunStatus)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+if __name__ == "__main__":  # the figure that the README shows, after a full run
+    root = Path(__file__).parents[2]
+    (root / "book/_static/gain.png").write_bytes(figure_png(notebooks(root)["06_fusion"], "gain_figure"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from llmrec_lib.evaluation.metrics import catalogue_metrics, per_user_metrics
 from llmrec_lib.recommender import Recommender

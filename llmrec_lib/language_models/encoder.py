@@ -23,14 +23,14 @@ BATCH_TOKENS = 4096  # padded tokens per forward: enough to fill the cores, smal
 
 
 def choose_device(device: str) -> torch.device:
-    """"auto" is the GPU where there is one, else the CPU; everything else is torch's own name of a device."""
+    """ "auto" is the GPU where there is one, else the CPU; everything else is torch's own name of a device."""
     if device != "auto":
         return torch.device(device)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """"auto" is bfloat16 where the machine multiplies matrices clearly faster in it (measured once), else float32."""
+    """ "auto" is bfloat16 where the machine multiplies matrices clearly faster in it (measured once), else float32."""
     if dtype == "auto":
         return torch.bfloat16 if _bfloat16_pays(device) else torch.float32
     if dtype not in ("float32", "bfloat16"):

@@ -90,7 +90,8 @@ class TitleLikelihood:
         self.title_tokens = self._tokenize_titles()
         self.n_tokens = torch.tensor([len(tokens) for tokens in self.title_tokens])
         self._tree = _Tree(self.title_tokens)
-        self._cache_argument = "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+        parameters = inspect.signature(self.model.forward).parameters
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"  # renamed in transformers 5
         self._split_head = False
         self.shares_prompt = self._can_share_prompt()
         self._split_head = self.shares_prompt and self._has_plain_head()
@@ -122,9 +123,11 @@ class TitleLikelihood:
         scores = torch.empty(len(prompts), len(self.titles))
         for row, prompt in enumerate(tqdm(prompts, desc="scoring titles", unit="prompt", disable=not progress)):
             ids = self.prompt_tokens(prompt)
-            key = content_key(base, ids)
-            stored = cached_tensors(f"likelihood/{base[:16]}", key, lambda ids=ids: {"sum": self.log_likelihood(ids).sum})
-            scores[row] = stored["sum"]
+
+            def compute(ids: list[int] = ids) -> dict[str, Tensor]:
+                return {"sum": self.log_likelihood(ids).sum}
+
+            scores[row] = cached_tensors(f"likelihood/{base[:16]}", content_key(base, ids), compute)["sum"]
         return scores
 
     def prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
@@ -274,7 +277,7 @@ def _padded_scores(scorer: TitleLikelihood, prompt: list[int], titles: list[list
 
 
 class _Tree:
-    """Prefix tree of token lists. Node 0 is the prompt; the others are numbered depth first, parents before children."""
+    """Prefix tree of token lists. Node 0 is the prompt; the others are numbered depth first, so parents come first."""
 
     def __init__(self, titles: list[list[int]]) -> None:
         tokens, parents, depth, ends = [0], [0], [0], {}

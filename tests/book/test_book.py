@@ -1,0 +1,186 @@
+"""The book's own pages build offline, without a warning, and take their numbers out of the executed notebooks."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+from html import unescape
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from llmrec_lib.study.book import BookError, build_book
+
+ROOT = Path(__file__).parents[2]
+TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
+PAGES = [entry["file"] for part in TOC["parts"] for entry in part["chapters"]]
+CHAPTERS = [Path(page).name for page in PAGES if page.startswith("book/executed/")]
+VERDICT = "**Not shown on stand-in data**: nothing was computed"
+
+spec = importlib.util.spec_from_file_location("executed_runs", ROOT / "book/_ext/executed_runs.py")
+executed_runs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(executed_runs)
+PNG = (  # one white pixel
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8/5+hHgAHggJ/PchI7wAAAABJRU5ErkJggg=="
+)
+GLUED = {
+    "verdict": VERDICT,
+    "best_id_name": "ease + sasrec",
+    "best_id_ndcg": 0.12345,
+    "best_fusion_name": "parallel (z)",
+    "best_fusion_ndcg": 0.13579,
+    "gain_percent": 10.0,
+    "gain_low": -0.01,
+    "gain_high": 0.02,
+}
+
+
+def glue_output(name, data):
+    data = {f"application/papermill.record/{kind}": content for kind, content in data.items()}
+    scrapbook = {"mime_prefix": "application/papermill.record/", "name": name}
+    return nbformat.v4.new_output("display_data", data=data, metadata={"scrapbook": scrapbook})
+
+
+def stand_in(name):
+    """A notebook as papermill and the runner leave it, with nothing in it."""
+    outputs = [nbformat.v4.new_output("stream", name="stdout", text=f"{name} ran\n")]
+    if name == "06_fusion":
+        outputs += [glue_output(key, {"text/plain": repr(value)}) for key, value in GLUED.items()]
+        outputs.append(glue_output("gain_figure", {"image/png": PNG, "text/plain": "<Figure size 1x1 with 1 Axes>"}))
+    cells = [
+        nbformat.v4.new_markdown_cell(f"# {name[3:]}\n\nA formula: $x_i = \\sum_j S_{{ij}}$"),
+        nbformat.v4.new_code_cell("print('ran')", execution_count=1, outputs=outputs),
+    ]
+    run = {
+        "peak_memory_mb": 1234.5,
+        "machine": {"cpu": "Some CPU", "cores": 2, "memory_gb": 24.0},
+        "versions": {"torch": "9.9"},
+    }
+    metadata = {
+        "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+        "language_info": {"name": "python", "pygments_lexer": "ipython3"},
+        "papermill": {"start_time": "2026-01-02T03:04:05+00:00", "duration": 75.0, "exception": None},
+        "llmrec": {
+            "stamp": {"notebook": "ab" * 32, "lock": None},
+            "parameters": {"dataset": "stand-in", "seeds": 2},
+            "run": run,
+        },
+    }
+    return nbformat.v4.new_notebook(cells=cells, metadata=metadata)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The repository's pages with stand-in chapters."""
+    root = tmp_path_factory.mktemp("book")
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(ROOT / name, root / name)
+    shutil.copytree(ROOT / "book", root / "book", ignore=shutil.ignore_patterns("executed", "__pycache__"))
+    (root / "book/executed").mkdir()
+    for name in CHAPTERS:
+        nbformat.write(stand_in(name), root / f"book/executed/{name}.ipynb")
+    return root
+
+
+@pytest.fixture(scope="module")
+def html(source):
+    with pytest.MonkeyPatch.context() as patch:
+        # The library is imported for its reference, wherever the tests found it.
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+        return build_book(source / "book/executed", source / "html", source).parent
+
+
+def words(page):
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page.read_text(encoding="utf-8")))
+
+
+@pytest.mark.slow
+def test_every_page_is_there_and_none_shows_an_error(html):
+    for page in [TOC["root"], *PAGES]:
+        text = words(html / f"{page}.html")
+        assert "Traceback" not in text and "{{" not in text and "Unknown interpreted text role" not in text, page
+
+
+@pytest.mark.slow
+def test_the_first_page_takes_its_numbers_from_the_run(html):
+    page = unescape((html / "book/index.html").read_text(encoding="utf-8"))
+    text = words(html / "book/index.html")
+    for part in (
+        "Not shown on stand-in data",
+        "ease + sasrec",
+        "0.1235",
+        "parallel (z)",
+        "0.1358",
+        "data stand-in",
+        "seeds 2",
+    ):
+        assert part in text, part
+    image = re.search(r'<img alt="Difference in NDCG@10[^"]*" src="([^"]+)"', page)
+    assert (html / "book" / image.group(1)).is_file()
+
+
+@pytest.mark.slow
+def test_the_status_page_says_when_where_and_from_what(html):
+    text = words(html / "book/status.html")
+    for part in ("2026-01-02 03:04", "1 min 15 s", "1.2 GB", "Some CPU, 2 cores", "abababababab", "torch 9.9"):
+        assert part in text, part
+    assert all(re.search(rf'href="executed/{name}.html"', (html / "book/status.html").read_text()) for name in CHAPTERS)
+
+
+@pytest.mark.slow
+def test_pages_need_no_network(html):
+    if importlib.util.find_spec(executed_runs.MATHJAX_PACKAGE) is None:
+        pytest.skip("formulas need the package sphinx-mathjax-offline")
+    for path in html.rglob("*.html"):
+        page = path.read_text(encoding="utf-8")
+        loaded = re.findall(r'<(?:script|img|iframe)[^>]* src="(https?:[^"]+)"', page)
+        loaded += re.findall(r'<link[^>]* rel="stylesheet"[^>]* href="(https?:[^"]+)"', page)
+        assert not loaded, (path.name, loaded)
+    assert (html / "_static/mathjax" / executed_runs.MATHJAX_FILE).is_file()
+
+
+def test_a_failed_chapter_is_refused_by_name(source, tmp_path):
+    failed = tmp_path / "executed"
+    shutil.copytree(source / "book/executed", failed)
+    notebook = nbformat.read(failed / "06_fusion.ipynb", 4)
+    notebook.cells[1].outputs.append(nbformat.v4.new_output("error", ename="LeakError", evalue="user 7", traceback=[]))
+    nbformat.write(notebook, failed / "06_fusion.ipynb")
+    with pytest.raises(BookError, match="06_fusion, cell 2: LeakError: user 7"):
+        build_book(failed, tmp_path / "html", source)
+    assert not (tmp_path / "html").exists()
+
+
+def test_each_notebook_is_a_chapter():
+    assert sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")) == CHAPTERS
+
+
+def test_each_module_is_in_the_reference():
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "llmrec_lib").rglob("*.py")
+        if path.name[0] != "_" and path.name != "cli.py"
+    }
+    assert set(re.findall(r"automodule:: (\S+)", (ROOT / "book/api.md").read_text())) == modules
+
+
+def test_each_citation_has_a_source():
+    keys = set(re.findall(r"^@\w+\{(\S+),$", (ROOT / "book/references.bib").read_text(), re.MULTILINE))
+    pages = [path.read_text() for path in (ROOT / "book").glob("*.md")]
+    pages += [
+        "".join(c["source"]) for p in (ROOT / "notebooks").glob("*.ipynb") for c in json.loads(p.read_text())["cells"]
+    ]
+    groups = [group for page in pages for group in re.findall(r"\{cite\w*(?::\w+)?\}`([^`]+)`", page)]
+    used = {key.strip() for group in groups for key in group.split(",")}
+    assert used <= keys, used - keys
+
+
+def test_the_figure_in_the_readme_is_the_published_one():
+    image, chapter = ROOT / "book/_static/gain.png", ROOT / "book/executed/06_fusion.ipynb"
+    if not image.is_file() or not chapter.is_file():
+        pytest.skip("the full run has not been published yet")
+    assert image.read_bytes() == executed_runs.figure_png(json.loads(chapter.read_text()), "gain_figure"), (
+        "write it anew: python book/_ext/executed_runs.py"
+    )

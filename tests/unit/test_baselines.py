@@ -1,0 +1,140 @@
+"""The table of baselines: what they learn, where results are kept, what decides that they are made again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from llmrec_lib import _recbole, baselines
+from llmrec_lib.baselines import BASELINES, tfidf_similarity, train
+from llmrec_lib.splits import split
+
+USERS = torch.arange(1, 25)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def fits(own_cache, monkeypatch):
+    """How often RecBole was asked to train."""
+    calls, fit = [], _recbole.fit
+    monkeypatch.setattr(_recbole, "fit", lambda *args, **kwargs: calls.append(args[0]) or fit(*args, **kwargs))
+    return calls
+
+
+def test_unknown_names_are_answered_with_the_known_ones(checkerboard_split):
+    with pytest.raises(ValueError, match="no baseline 'eaze'; there are pop, itemknn, ease"):
+        train("eaze", checkerboard_split)
+
+
+def test_the_table_names_kinds_and_sources():
+    assert {entry.kind for entry in BASELINES.values()} == {"collaborative", "content-based", "hybrid"}
+    assert all(entry.source for entry in BASELINES.values())
+    known = _recbole.model_names()
+    assert all(entry.recbole_model in known for entry in BASELINES.values() if entry.recbole_model)
+
+
+def test_the_same_is_trained_once(fits, checkerboard_split, checkerboard):
+    first = train("ease", checkerboard_split)
+    again = train("ease", split(checkerboard))  # equal content, another object
+    assert fits == ["EASE"]
+    assert torch.equal(first.score(USERS), again.score(USERS))
+    train("ease", checkerboard_split, reg_weight=9.0)
+    train("ease", checkerboard_split, seed=1)
+    train("ease", split(checkerboard, "leave_one_out", seed=5))
+    assert fits == ["EASE"] * 4
+
+
+@pytest.mark.parametrize("name", ["bpr", "sasrec", "fm", "pop"])
+def test_a_restored_model_is_the_trained_one(fits, checkerboard_split, name):
+    settings = {} if name == "pop" else {"epochs": 2, "eval_step": 1}
+    trained, restored = (train(name, checkerboard_split, progress=False, **settings) for _ in range(2))
+    assert len(fits) == 1
+    assert torch.equal(trained.score(USERS), restored.score(USERS))
+    assert len(set(np.round(trained.score(USERS)[0, 1:].tolist(), 7))) > 1 or name == "pop"
+
+
+@pytest.mark.parametrize("name", ["bpr", "lightgcn", "sasrec", "fm"])
+def test_seeds_decide(checkerboard_split, name):
+    settings = {**BASELINES[name].settings, "epochs": 2, "eval_step": 1}
+    if name == "fm":
+        settings["item_columns"] = ["genre"]
+    model = BASELINES[name].recbole_model
+    torch.manual_seed(1)
+    first = _recbole.fit(model, checkerboard_split, settings, 7, progress=False)
+    torch.manual_seed(2)  # what the process did before must not matter
+    np.random.seed(3)
+    second = _recbole.fit(model, checkerboard_split, settings, 7, progress=False)
+    other = _recbole.fit(model, checkerboard_split, settings, 8, progress=False)
+    assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
+    assert not all(torch.allclose(first[key], other[key], atol=1e-6) for key in first)
+    assert int(first["epochs"]) == 2 and len(first["valid_curve"]) == 2
+
+
+def test_the_best_epoch_is_kept_and_training_stops_after_it(checkerboard_split, monkeypatch):
+    """Validation is at its best after the second epoch; it may fail to improve twice, and the third time ends it."""
+    said, states = iter([0.1, 0.5, 0.4, 0.3, 0.2, 0.9]), []
+
+    class Judged:
+        def __init__(self, recommender):
+            states.append({name: tensor.clone() for name, tensor in recommender.model.state_dict().items()})
+
+        def mean(self, metric):
+            assert metric == "ndcg@10"
+            return next(said)
+
+    monkeypatch.setattr(_recbole, "evaluate", lambda recommender, *args, **kwargs: Judged(recommender))
+    settings = {**BASELINES["bpr"].settings, "epochs": 60, "eval_step": 1, "stopping_step": 2}
+    state = _recbole.fit("BPR", checkerboard_split, settings, 0, progress=False)
+    assert state["valid_curve"].tolist() == pytest.approx([0.1, 0.5, 0.4, 0.3, 0.2])
+    assert int(state["epochs"]) == 5
+    assert all(torch.equal(state[name], tensor) for name, tensor in states[1].items())
+    assert not any(torch.equal(state[name], tensor) for name, tensor in states[4].items())
+
+
+def test_validation_is_masked_and_on_validation_data(checkerboard_split, monkeypatch):
+    asked, evaluate = [], _recbole.evaluate
+    monkeypatch.setattr(
+        _recbole,
+        "evaluate",
+        lambda *args, **kwargs: asked.append((args[2], kwargs["users"])) or evaluate(*args, **kwargs),
+    )
+    settings = {**BASELINES["sasrec"].settings, "epochs": 1, "eval_step": 1, "valid_users": 6}
+    _recbole.fit("SASRec", checkerboard_split, settings, 0, progress=False)
+    assert [phase for phase, _ in asked] == ["valid"]
+    assert asked[0][1].tolist() == checkerboard_split.eval_users("valid", 6).tolist()
+
+
+def test_ease_is_the_closed_form(own_cache, checkerboard_split):
+    """Steck 2019, equation 8: B = I − P · diag(1/diag(P)), P the inverse of the regularised Gram matrix."""
+    x = checkerboard_split.matrix("train").toarray().astype(float)
+    p = np.linalg.inv(x.T @ x + 7.0 * np.eye(17))
+    b = -p / np.diag(p)
+    np.fill_diagonal(b, 0.0)
+    assert train("ease", checkerboard_split, reg_weight=7.0).similarity == pytest.approx(b, abs=1e-5)
+
+
+def test_popularity_is_training_events(own_cache, ml100k_split):
+    scores = train("pop", ml100k_split, progress=False).score(torch.tensor([1, 7]))
+    counts = torch.from_numpy(ml100k_split.item_counts).float()
+    assert torch.allclose(scores[0], counts / counts.max(), atol=1e-6)
+    assert torch.equal(scores[0], scores[1])
+
+
+def test_tfidf_prefers_what_shares_words(checkerboard_split):
+    similarity = tfidf_similarity(checkerboard_split).toarray()
+    parity = np.array([-1, *(int(token[1:]) % 2 for token in checkerboard_split.dataset.item_ids[1:])])
+    same = (parity[:, None] == parity) & (parity >= 0)
+    np.fill_diagonal(same, False)
+    different = (parity[:, None] != parity) & (parity[:, None] >= 0) & (parity >= 0)
+    assert similarity[same].min() > similarity[different].max()
+    assert tfidf_similarity(checkerboard_split, neighbours=3).getnnz(axis=1).max() == 3
+
+
+def test_columns_of_distinct_values_are_no_features(checkerboard_split):
+    assert baselines._token_columns(checkerboard_split) == ["title", "genre"]

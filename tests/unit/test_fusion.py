@@ -1,0 +1,293 @@
+"""What each fusion promises: invariances, limits, order of stages, and weights chosen without a look at test."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmrec_lib.datasets import load_folder
+from llmrec_lib.evaluation.evaluate import evaluate, mask_seen, tie_order, top_k
+from llmrec_lib.fusion import (
+    NORMALISERS,
+    HybridFusion,
+    ParallelFusion,
+    SequentialFusion,
+    borda,
+    min_max,
+    ranks,
+    reciprocal_rank,
+    retrieval_ceiling,
+    tune,
+    z_score,
+)
+from llmrec_lib.splits import split
+from tests.checkerboard import write_checkerboard
+from tests.unit.test_evaluate import Table
+
+USERS = torch.arange(1, 25)
+INF = float("inf")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """40 items, of which each user has met 12 in training and 3 for validation."""
+    return split(load_folder(write_checkerboard(tmp_path_factory.mktemp("wide"), n_items=40)), ratios=(0.8, 0.1, 0.1))
+
+
+def arm(parts, seed, name=None, transform=lambda scores: scores):
+    scores = np.random.default_rng(seed).standard_normal((parts.dataset.n_users, parts.dataset.n_items))
+    return Table(parts, transform(scores), name or f"arm {seed}")
+
+
+def ranking(recommender, phase="test", users=USERS):
+    """All unseen items of each user, best first."""
+    parts = recommender.split
+    masked = mask_seen(recommender.at(phase).score(users).clone(), parts, users, phase)
+    fewest = parts.dataset.n_items - 1 - int(parts.seen(phase)[users.numpy()].sum(axis=1).max())
+    return top_k(masked, fewest, tie_order(parts.dataset.n_items))
+
+
+def test_normalisers_by_hand():
+    scores = torch.tensor([[-INF, 1.0, 3.0, 3.0, 5.0], [-INF, 2.0, 2.0, 2.0, -INF]])
+    z = z_score(scores)
+    assert z[0, 1:].tolist() == pytest.approx([-(2**0.5), 0, 0, 2**0.5])
+    assert z[1].tolist() == [-INF, 0, 0, 0, -INF]
+    assert min_max(scores).tolist() == [[-INF, 0, 0.5, 0.5, 1], [-INF, 0, 0, 0, -INF]]
+    assert ranks(scores).tolist() == [[5, 4, 2.5, 2.5, 1], [4.5, 2, 2, 2, 4.5]]
+    assert borda(scores)[0].tolist() == pytest.approx([-INF, 0, 1.5 / 4, 1.5 / 4, 3 / 4])
+    assert reciprocal_rank(scores)[0].tolist() == pytest.approx([-INF, 1 / 64, 1 / 62.5, 1 / 62.5, 1 / 61])
+
+
+@pytest.mark.parametrize("rule", NORMALISERS)
+def test_normalisers_leave_their_input_and_stay_finite(rule):
+    scores = torch.tensor(
+        [[-INF, 1e30, -1e30, 3.0], [-INF, 1e-30, 0.0, 2e-30], [-INF, 1e6, 1e6 + 0.5, 1e6], [-INF] * 4]
+    )
+    before = scores.clone()
+    result = NORMALISERS[rule](scores)
+    assert torch.equal(scores, before)
+    assert torch.equal(torch.isfinite(result), torch.isfinite(scores))
+    assert not torch.isnan(result).any()
+
+
+@pytest.mark.parametrize("rule", NORMALISERS)
+@pytest.mark.parametrize("phase", ["valid", "test"])
+def test_all_weight_on_one_arm_is_that_arm(parts, rule, phase):
+    arms = [arm(parts, 1), arm(parts, 2)]
+    assert not torch.equal(ranking(arms[0], phase), ranking(arms[1], phase))
+    for chosen in (0, 1):
+        fused = HybridFusion(arms, [float(chosen == 0), float(chosen == 1)], rule)
+        assert torch.equal(ranking(fused, phase), ranking(arms[chosen], phase))
+
+
+@pytest.mark.parametrize("rule", NORMALISERS)
+def test_parallel_is_hybrid_with_equal_weights(parts, rule):
+    arms = [arm(parts, 1), arm(parts, 2), arm(parts, 3)]
+    fused = ParallelFusion(arms, rule)
+    assert torch.equal(ranking(fused), ranking(HybridFusion(arms, [1, 1, 1], rule)))
+    assert torch.equal(ranking(fused), ranking(HybridFusion(arms, [2, 2, 2], rule)))
+
+
+@pytest.mark.parametrize(
+    ("rule", "transform"),
+    [
+        ("z", lambda scores: 1000 * scores - 300),
+        ("minmax", lambda scores: 1000 * scores - 300),
+        ("borda", np.exp),
+        ("rrf", lambda scores: scores**3),
+    ],
+)
+def test_scale_of_an_arm_does_not_matter(parts, rule, transform):
+    plain = ParallelFusion([arm(parts, 1), arm(parts, 2)], rule)
+    other = ParallelFusion([arm(parts, 1, transform=transform), arm(parts, 2)], rule)
+    if rule in ("borda", "rrf"):
+        assert torch.equal(plain.score(USERS), other.score(USERS))
+    else:
+        assert torch.allclose(plain.score(USERS), other.score(USERS), atol=1e-4)
+    assert torch.equal(ranking(plain), ranking(other))
+
+
+def test_scores_of_seen_items_do_not_reach_the_fusion(parts):
+    """Calibration looks at what can be recommended: high scores of seen items do not squash the others."""
+    shouting = arm(parts, 1)
+    shouting.table += 1e4 * torch.from_numpy(parts.seen("test").toarray())
+    for rule in NORMALISERS:
+        fused, plain = (ParallelFusion([first, arm(parts, 2)], rule) for first in (shouting, arm(parts, 1)))
+        assert torch.equal(fused.score(USERS), plain.score(USERS))
+
+
+@given(st.data())
+@settings(max_examples=80, deadline=None)
+def test_raising_a_score_never_lowers_the_fused_rank(data):
+    """True of ranks and of min–max scores. Not of z-scores: an outlier widens the scale that it is measured on."""
+    n_items = data.draw(st.integers(3, 9))
+    rule = data.draw(st.sampled_from(["minmax", "borda", "rrf"]))
+    values = st.lists(st.integers(-9, 9), min_size=n_items, max_size=n_items)
+    first, second = (torch.tensor([data.draw(values)], dtype=torch.float32) for _ in range(2))
+    item, rise = data.draw(st.integers(0, n_items - 1)), data.draw(st.integers(1, 12))
+    raised = first.clone()
+    raised[0, item] += rise
+    before, after = (NORMALISERS[rule](scores) + NORMALISERS[rule](second) for scores in (first, raised))
+    worse_before = before[0, item] > before[0] + 1e-5
+    assert (after[0, item] >= after[0][worse_before] - 1e-5).all()
+
+
+def test_a_weight_for_each_user(parts):
+    arms = [arm(parts, 1), arm(parts, 2)]
+
+    def gate(users):
+        first = (users % 2).float()
+        return torch.stack([first, 1 - first], dim=1)
+
+    fused = ranking(HybridFusion(arms, gate))
+    for row, user in enumerate(USERS.tolist()):
+        assert torch.equal(fused[row], ranking(arms[(user + 1) % 2])[row])
+
+
+def test_sequential_with_weight_zero_is_the_retriever(parts):
+    first, second = arm(parts, 1), arm(parts, 2)
+    for n in (1, 5, 20, 1000):
+        fused = SequentialFusion([first, second], n_candidates=n, weights=0.0)
+        assert torch.equal(ranking(fused), ranking(first))
+
+
+def test_sequential_by_hand(parts):
+    """Top 5 of the retriever, then z + w · z over these five; the others behind, in the retriever's order."""
+    first, second = arm(parts, 1), arm(parts, 2)
+    fused = SequentialFusion([first, second], n_candidates=5, weights=0.7)
+    retrieved, result = ranking(first), ranking(fused)
+    assert torch.equal(fused.candidates(USERS), retrieved[:, :5])
+    for row, user in enumerate(USERS.tolist()):
+        five = retrieved[row, :5].tolist()
+        a, b = first.table[user, five].double().numpy(), second.table[user, five].double().numpy()
+        accumulated = (a - a.mean()) / a.std() + 0.7 * (b - b.mean()) / b.std()
+        assert result[row, :5].tolist() == [five[place] for place in np.argsort(-accumulated)]
+        assert result[row, 5:].tolist() == retrieved[row, 5:].tolist()
+    assert not torch.equal(result, retrieved)
+
+
+def test_nothing_overtakes_the_candidates(parts):
+    """However strongly a re-ranker speaks for what was not retrieved, or against what was."""
+    first = arm(parts, 1)
+    second = arm(parts, 2, transform=lambda scores: 1e6 * scores)
+    for weight in (0.5, 50.0, -50.0):
+        for n in (1, 3, 10):
+            fused = SequentialFusion([first, second], n_candidates=n, weights=weight)
+            assert torch.equal(ranking(fused)[:, :n].sort().values, ranking(first)[:, :n].sort().values)
+
+
+def test_users_with_few_unseen_items_are_ranked_too(parts):
+    """More candidates than unseen items: the seen ones among them must not disturb the rest."""
+    first, second = arm(parts, 1), arm(parts, 2)
+    n_unseen = parts.dataset.n_items - 1 - int(parts.seen("test")[1].sum())
+    exactly = SequentialFusion([first, second], n_candidates=n_unseen, weights=1.0)
+    more = SequentialFusion([first, second], n_candidates=parts.dataset.n_items, weights=1.0)
+    assert torch.isfinite(more.score(USERS)[:, 1:]).all()
+    assert torch.equal(ranking(more), ranking(exactly))
+    assert torch.equal(ranking(exactly), ranking(ParallelFusion([first, second])))
+
+
+def test_stages_narrow_down(parts):
+    fused = SequentialFusion([arm(parts, 1), arm(parts, 2), arm(parts, 3)], n_candidates=(10, 4), weights=(1.0, 2.0))
+    stages = [fused.candidates(USERS, stage) for stage in (0, 1)]
+    assert [stage.shape[1] for stage in stages] == [10, 4]
+    two = SequentialFusion([arm(parts, 1), arm(parts, 2)], n_candidates=10, weights=1.0)
+    assert torch.equal(stages[1], ranking(two)[:, :4])
+    assert torch.equal(ranking(fused)[:, :4].sort().values, stages[1].sort().values)
+    assert not torch.equal(ranking(fused)[:, :4], stages[1])
+
+
+def test_wrong_settings(parts, checkerboard_split):
+    two = [arm(parts, 1), arm(parts, 2)]
+    for make in (
+        lambda: ParallelFusion(two[:1]),
+        lambda: ParallelFusion(two, "sum"),
+        lambda: HybridFusion(two, [1.0, 1.0], "sum"),
+        lambda: HybridFusion(two, [1.0]),
+        lambda: SequentialFusion(two, n_candidates=(5, 5)),
+        lambda: SequentialFusion(two, weights=(1.0, 1.0)),
+        lambda: SequentialFusion(two, n_candidates=0),
+        lambda: SequentialFusion([*two, two[0]], n_candidates=(5, 9)),
+    ):
+        with pytest.raises(ValueError, match="arms|rule|weights|n_candidates"):
+            make()
+    with pytest.raises(ValueError, match="'arm 1' and 'elsewhere' come from different splits"):
+        ParallelFusion([two[0], arm(checkerboard_split, 1, "elsewhere")])
+
+
+def test_ceiling_is_recall_and_never_falls(parts):
+    retriever = arm(parts, 1)
+    for phase in ("valid", "test"):
+        table = retrieval_ceiling(retriever, parts, [1, 5, 10, 20, 40, 500], phase)
+        assert table.columns.tolist() == ["n", "recall"]
+        assert (np.diff(table["recall"]) >= 0).all()
+        assert table["recall"].iloc[-2:].tolist() == [1.0, 1.0]
+        judged = evaluate(retriever, parts, phase, ks=(1, 5, 10, 20))
+        assert table["recall"].tolist()[:4] == pytest.approx([judged.mean(f"recall@{k}") for k in (1, 5, 10, 20)])
+    some = retrieval_ceiling(retriever, parts, [5], users=[3, 8])["recall"][0]
+    assert some == pytest.approx(evaluate(retriever, parts, ks=(5,), users=[3, 8]).mean("recall@5"))
+    # And no re-ranker of the top n finds more than the ceiling says.
+    best = SequentialFusion([retriever, Table(parts, parts.targets("test").toarray())], n_candidates=10, weights=99.0)
+    ceiling = retrieval_ceiling(retriever, parts, [10])["recall"][0]
+    assert evaluate(best, parts, ks=(10,)).mean("recall@10") == pytest.approx(ceiling)
+
+
+def test_fusions_nest(parts):
+    inner = HybridFusion([arm(parts, 2), arm(parts, 3)], [1.0, 0.4])
+    outer = ParallelFusion([SequentialFusion([arm(parts, 1), inner], 8), inner])
+    assert torch.isfinite(outer.score(USERS)[:, 1:]).all()
+    description = outer.describe()
+    assert description["arms"][0]["arms"][1] == description["arms"][1] == inner.describe()
+    assert description["arms"][0]["n_candidates"] == [8]
+    # An outer fusion that listens to one arm only says what that arm says.
+    assert torch.equal(ranking(HybridFusion([inner, arm(parts, 1)], [1.0, 0.0])), ranking(inner))
+
+
+def test_arms_are_read_at_the_phase_of_the_fusion(parts):
+    phases = []
+
+    class Listening(Table):
+        def score(self, users):
+            phases.append(self.phase)
+            return super().score(users)
+
+    arms = [Listening(parts, arm(parts, seed).table, f"arm {seed}") for seed in (1, 2)]
+    fusions = ParallelFusion(arms), HybridFusion(arms, [1, 1]), SequentialFusion(arms)
+    for fused in (*fusions, ParallelFusion([fusions[0], fusions[2]])):
+        phases.clear()
+        view = fused.at("valid")
+        view.score(USERS)
+        assert set(phases) == {"valid"}
+        assert [one.phase for one in fused.arms] == ["test", "test"]
+        phases.clear()
+        fused.score(USERS)
+        assert set(phases) == {"test"}
+
+
+def test_tuning_never_asks_for_test(parts, monkeypatch):
+    asked, phases = [], []
+    valid, test = parts.targets("valid").toarray(), parts.targets("test").toarray()
+
+    class Recording(Table):
+        def score(self, users):
+            phases.append(self.phase)
+            return super().score(users)
+
+    def build(weight):
+        asked.append(weight)
+        return Recording(parts, weight * valid + (1 - weight) * test + 0.5 * valid * test)
+
+    original = type(parts).targets
+    monkeypatch.setattr(type(parts), "targets", lambda self, phase: phases.append(phase) or original(self, phase))
+    best, table = tune(build, [0.0, 0.25, 0.75, 1.0], parts, "recall@5")
+    assert set(phases) == {"valid"}
+    assert asked == [0.0, 0.25, 0.75, 1.0]
+    assert table.columns.tolist() == ["value", "recall@5"]
+    assert table["value"].tolist() == asked
+    assert best == 0.25  # the first of the best
+    assert table["recall@5"].tolist()[1:] == [1.0, 1.0, 1.0] and table["recall@5"][0] < 1
+    few, _ = tune(build, [1.0, 0.0], parts, "recall@5", users=[2, 3])
+    assert few == 1.0

@@ -1,0 +1,123 @@
+"""Similarity, filter, rank: each of the three steps where it can be seen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from llmrec_lib.baselines import keep_neighbours
+from llmrec_lib.evaluation.evaluate import mask_seen, tie_order, top_k
+from llmrec_lib.prs_based import UserTextRecommender, embed_items, embed_users, text_similarity
+
+USERS = torch.arange(1, 25)
+
+
+@pytest.fixture
+def vectors(checkerboard_split):
+    generator = np.random.default_rng(0)
+    items = torch.from_numpy(generator.standard_normal((17, 4))).float()
+    users = {phase: torch.from_numpy(generator.standard_normal((25, 4))).float() for phase in ("valid", "test")}
+    return users, items
+
+
+def ranking(recommender, phase="test"):
+    masked = mask_seen(recommender.at(phase).score(USERS).clone(), recommender.split, USERS, phase)
+    return top_k(masked, 11, tie_order(17))
+
+
+def test_neighbours_by_hand():
+    similarity = np.array(
+        [[9, 9, 9, 9, 9], [9, 9, 0.5, 0.2, 0.3], [9, 0.5, 9, 0.1, -0.4], [9, 0.2, 0.1, 9, 0.0], [9, 0.3, -0.4, 0.0, 9]]
+    )
+    expected = np.zeros((5, 5))
+    expected[1, [2, 4]], expected[2, [1, 3]], expected[3, [1, 2]], expected[4, 1] = (
+        [0.5, 0.3],
+        [0.5, 0.1],
+        [0.2, 0.1],
+        0.3,
+    )
+    from scipy.sparse import csr_matrix
+
+    for form in (similarity, csr_matrix(similarity)):
+        assert keep_neighbours(form, 2).toarray() == pytest.approx(expected)
+    assert keep_neighbours(np.zeros((3, 3)), 2).nnz == 0
+
+
+def test_text_similarity_is_the_cosine_of_the_nearest(checkerboard_split, vectors):
+    _, items = vectors
+    kept = text_similarity(checkerboard_split, 3 * items, neighbours=4).similarity.toarray()
+    cosine = np.array([[float(torch.cosine_similarity(a, b, dim=0)) for b in items] for a in items])
+    for item in range(1, 17):
+        nearest = [other for other in np.argsort(-cosine[item]) if other not in (0, item) and cosine[item, other] > 0][
+            :4
+        ]
+        assert set(np.flatnonzero(kept[item])) == set(nearest)
+        assert kept[item, nearest] == pytest.approx(cosine[item, nearest], abs=1e-6)
+    assert not kept[0].any() and not kept[:, 0].any()
+
+
+@pytest.mark.parametrize("n_candidates", [1, 4, 16, 200])
+def test_without_popularity_the_ranking_is_by_similarity(checkerboard_split, vectors, n_candidates):
+    users, items = vectors
+    method = UserTextRecommender(checkerboard_split, users, items, n_candidates)
+    for phase in ("valid", "test"):
+        order = ranking(method, phase)
+        for row, user in enumerate(USERS.tolist()):
+            cosine = torch.cosine_similarity(users[phase][user][None], items)
+            ranked = cosine[order[row]]
+            assert (ranked.diff() < 1e-6).all()
+
+
+def test_candidates_stay_in_front_and_popularity_orders_them(checkerboard_split, vectors):
+    users, items = vectors
+    similarity = ranking(UserTextRecommender(checkerboard_split, users, items, 4))
+    popular = UserTextRecommender(checkerboard_split, users, items, 4, popularity_weight=1e4)
+    popular._popularity = torch.arange(17.0)  # on the checkerboard all items are equally popular
+    order = ranking(popular)
+    assert torch.equal(order[:, :4], similarity[:, :4].sort(descending=True).values)
+    assert torch.equal(order[:, 4:], similarity[:, 4:])
+    assert torch.isfinite(popular.score(USERS)).all()
+
+
+def test_popularity_is_that_of_training(checkerboard_split, vectors):
+    method = UserTextRecommender(checkerboard_split, *vectors)
+    assert method._popularity.numpy() == pytest.approx(np.log1p(checkerboard_split.item_counts))
+
+
+class Letters:
+    """Stands for a text encoder: a text becomes its counts of a, e, i, o, u."""
+
+    def __init__(self):
+        self.read = []
+
+    def encode(self, texts, progress=True):
+        self.read += texts
+        return torch.tensor([[float(text.count(letter)) for letter in "aeiou"] for text in texts])
+
+
+def test_items_are_embedded_from_their_texts(checkerboard_split):
+    encoder = Letters()
+    embeddings, whitening = embed_items(checkerboard_split, encoder, whiten=False)
+    assert whitening is None
+    assert encoder.read == checkerboard_split.dataset.item_text
+    assert embeddings.shape == (17, 5)
+
+
+def test_users_are_embedded_from_what_the_phase_knows(checkerboard_split):
+    encoder = Letters()
+    embeddings = embed_users(checkerboard_split, encoder, [3, 9])
+    assert set(embeddings) == {"valid", "test"}
+    for phase in embeddings:
+        assert embeddings[phase].shape == (25, 5)
+        assert embeddings[phase].abs().sum(dim=1).nonzero().flatten().tolist() == [3, 9]
+    titles = checkerboard_split.dataset.titles
+    for phase, first in (("valid", 0), ("test", 2)):
+        for text, user in zip(encoder.read[first : first + 2], (3, 9), strict=True):
+            known = set(checkerboard_split.histories([user], phase)[0].tolist())
+            quoted = {
+                item for item in range(1, 17) if f"{titles[item]};" in f"{text};".replace(",", ";").replace(".", ";")
+            }
+            target = int(checkerboard_split.targets(phase)[user].indices[0])
+            assert titles[target] not in text or any(titles[target] in titles[item] for item in known)
+            assert quoted <= known
