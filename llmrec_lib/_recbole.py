@@ -207,7 +207,11 @@ def _dataset_class() -> type:
                 return pd.DataFrame({UID: users, IID: items})
             self._declare(SEQ, FeatureType.TOKEN_SEQ, FeatureSource.INTERACTION, self._max_length)
             self._declare(SEQ_LEN, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
-            return windows(self._split, self._max_length) if part == "train" else windows(self._split, self._max_length)[:0]
+            return (
+                windows(self._split, self._max_length)
+                if part == "train"
+                else windows(self._split, self._max_length)[:0]
+            )
 
         def _item_features(self) -> pd.DataFrame:
             table = self._split.dataset.items
@@ -313,11 +317,13 @@ def build(model_name: str, split: Split, settings: dict, seed: int) -> SimpleNam
     loader = TrainDataLoader(config, datasets[0], samplers[0], shuffle=config["shuffle"])
     model = cls(config, loader._dataset).to(config["device"])
     if item_columns:
-        model.item_features = dict(loader._dataset.get_item_feature().interaction)  # [n_items, …] each, for scoring pairs
+        model.item_features = dict(
+            loader._dataset.get_item_feature().interaction
+        )  # [n_items, …] each, for scoring pairs
     return SimpleNamespace(config=config, datasets=datasets, samplers=samplers, loader=loader, model=model)
 
 
-def _trainer(built: SimpleNamespace, model_name: str, validate: Callable[[], float]) -> Any:
+def make_trainer(built: SimpleNamespace, model_name: str, validate: Callable[[], float]) -> Any:
     """RecBole's own trainer for the model, with our masked validation and the best state kept as tensors in memory."""
     import recbole.trainer.trainer as trainer_module
     from recbole.evaluator import Collector
@@ -380,11 +386,13 @@ def fit(model_name: str, split: Split, settings: dict, seed: int, progress: bool
         recommender = RecBoleRecommender(built.model, split, model_name)
         users = split.eval_users("valid", settings.get("valid_users", 0))
         k = min(10, split.dataset.n_items - 1)  # a catalogue may be smaller than the usual cut-off
-        trainer = _trainer(
+        trainer = make_trainer(
             built, model_name, lambda: evaluate(recommender, split, "valid", ks=(k,), users=users).mean(f"ndcg@{k}")
         )
         curve: list[float] = []
-        with tqdm(total=trainer.epochs, desc=f"train {model_name}", unit="epoch", leave=False, disable=not progress) as bar:
+        with tqdm(
+            total=trainer.epochs, desc=f"train {model_name}", unit="epoch", leave=False, disable=not progress
+        ) as bar:
 
             def each_epoch(epoch: int, score: float) -> None:
                 curve.append(score)
@@ -400,7 +408,9 @@ def fit(model_name: str, split: Split, settings: dict, seed: int, progress: bool
         return {**state, "valid_curve": torch.tensor(curve), "epochs": torch.tensor(len(trainer.train_loss_dict))}
 
 
-def restore(model_name: str, split: Split, settings: dict, seed: int, state: dict[str, torch.Tensor]) -> torch.nn.Module:
+def restore(
+    model_name: str, split: Split, settings: dict, seed: int, state: dict[str, torch.Tensor]
+) -> torch.nn.Module:
     """The trained RecBole model (general, sequential, context-aware) from what `fit` returned."""
     state = {name: tensor for name, tensor in state.items() if name not in ("valid_curve", "epochs")}
     with contained(seed):
@@ -414,7 +424,9 @@ def restore(model_name: str, split: Split, settings: dict, seed: int, state: dic
 
 def linear_weights(model: torch.nn.Module) -> sp.csr_matrix | np.ndarray | None:
     """S of the models that score ``h_u S`` (ItemKNN, EASE, SLIMElastic), else None."""
-    weights = getattr(model, "w", None) if type(model).__name__ == "ItemKNN" else getattr(model, "item_similarity", None)
+    weights = (
+        getattr(model, "w", None) if type(model).__name__ == "ItemKNN" else getattr(model, "item_similarity", None)
+    )
     if weights is None:
         return None
     return sp.csr_matrix(weights) if sp.issparse(weights) else np.asarray(weights)
@@ -498,30 +510,39 @@ def wrap(recommender: Recommender) -> torch.nn.Module:
     return Wrapped()
 
 
-def trainer_evaluate(model: torch.nn.Module, split: Split, metrics: list[str], ks: list[int]) -> dict[str, float]:
-    """What RecBole's own ``Trainer.evaluate`` says about a model from `to_recbole`, full ranking, RecBole's own masking.
+def judge(model: torch.nn.Module, split: Split, metrics: list[str], ks: list[int]) -> Callable[[], dict[str, float]]:
+    """RecBole's own ``Trainer.evaluate``, ready to be called, for a model from `to_recbole`: full ranking, RecBole's masking.
 
     Returns
     -------
-    dict
-        ``"ndcg@10"`` -> value, in RecBole's lower-case names; rounded by RecBole to 10 decimals.
+    callable
+        Gives ``"ndcg@10"`` -> value, in RecBole's lower-case names; rounded by RecBole to 10 decimals.
     """
     from recbole.data.dataloader import FullSortEvalDataLoader
 
     with contained(0):
         built = build("Pop", split, {"metrics": metrics, "topk": ks, "valid_metric": f"{metrics[0]}@{ks[0]}"}, 0)
         position = ("train", "valid", "test").index(model.phase)
-        sampler = _full_sampler(built, split, model.phase)
+        sampler = _full_sampler(built, model.phase)
         loader = FullSortEvalDataLoader(built.config, built.datasets[position], sampler, shuffle=False)
         built.model = model
-        trainer = _trainer(built, "Pop", lambda: 0.0)
+        trainer = make_trainer(built, "Pop", lambda: 0.0)
         trainer.eval_collector.data_collect(built.loader)
-        return dict(trainer.evaluate(loader, load_best_model=False))
+
+    def evaluate_by_recbole() -> dict[str, float]:
+        with contained(0):
+            return dict(trainer.evaluate(loader, load_best_model=False))
+
+    return evaluate_by_recbole
 
 
-def _full_sampler(built: SimpleNamespace, split: Split, phase: str) -> Any:
+def trainer_evaluate(model: torch.nn.Module, split: Split, metrics: list[str], ks: list[int]) -> dict[str, float]:
+    """What `judge` says."""
+    return judge(model, split, metrics, ks)()
+
+
+def _full_sampler(built: SimpleNamespace, phase: str) -> Any:
     """RecBole's sampler: it knows which items a user has used up to `phase`, and that is RecBole's mask."""
     from recbole.sampler import Sampler
 
     return Sampler(["train", "valid", "test"], built.datasets, "uniform", 1.0).set_phase(phase)
-

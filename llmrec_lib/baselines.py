@@ -73,7 +73,14 @@ BASELINES: dict[str, Baseline] = {
     "fm": Baseline(
         "hybrid",
         "FM",
-        {"embedding_size": 32, "learning_rate": 0.005, "weight_decay": 1e-6, "epochs": 40, "eval_step": 5, "stopping_step": 2}
+        {
+            "embedding_size": 32,
+            "learning_rate": 0.005,
+            "weight_decay": 1e-6,
+            "epochs": 40,
+            "eval_step": 5,
+            "stopping_step": 2,
+        }
         | {"valid_users": 300},
         "Rendle 2010, with item features",
     ),
@@ -123,7 +130,11 @@ def _token_columns(split: Split) -> list[str]:
     """Item columns that a factorisation machine can use as features; a column of distinct ids says nothing new."""
     items = split.dataset.items.iloc[1:]
     kinds = split.dataset.item_columns
-    return [name for name in items if kinds[name] == "token_seq" or (kinds[name] == "token" and items[name].nunique() < len(items))]
+    return [
+        name
+        for name in items
+        if kinds[name] == "token_seq" or (kinds[name] == "token" and items[name].nunique() < len(items))
+    ]
 
 
 def _versions() -> dict[str, str]:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 SCORES = ("sum", "mean", "prior_corrected")
 
 
-def catalogue_likelihood(split: Split, llm: str = "smollm2-135m", template: str = "history", **options) -> TitleLikelihood:
+def catalogue_likelihood(
+    split: Split, llm: str = "smollm2-135m", template: str = "history", **options
+) -> TitleLikelihood:
     """A `TitleLikelihood` over the catalogue of a split: items 1 … n_items − 1, spelled as the template's prompts spell them.
 
     Parameters
@@ -63,7 +65,9 @@ class TitleLikelihoodRecommender(Recommender):
         if rule not in SCORES:
             raise ValueError(f"no rule {rule!r}; there are {', '.join(SCORES)}")
         if len(likelihood.titles) != split.dataset.n_items - 1:
-            raise ValueError(f"the likelihood has {len(likelihood.titles)} titles for {split.dataset.n_items - 1} items")
+            raise ValueError(
+                f"the likelihood has {len(likelihood.titles)} titles for {split.dataset.n_items - 1} items"
+            )
         super().__init__(split, name or f"likelihood ({rule})")
         self.likelihood = likelihood
         self.template = template

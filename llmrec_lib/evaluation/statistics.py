@@ -109,7 +109,9 @@ def _sign_flip_p(difference: np.ndarray) -> float:
     return float(result.pvalue)
 
 
-def compare_many(pairs: Mapping[str, tuple[Runs, Runs]] | Sequence[tuple[Runs, Runs]], metric: str = "ndcg@10") -> pd.DataFrame:
+def compare_many(
+    pairs: Mapping[str, tuple[Runs, Runs]] | Sequence[tuple[Runs, Runs]], metric: str = "ndcg@10"
+) -> pd.DataFrame:
     """`compare` for a family of hypotheses, with Holm's correction over the family.
 
     Parameters

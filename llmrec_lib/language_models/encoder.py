@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from llmrec_lib.cache import cached_tensors, content_key
 from llmrec_lib.language_models import catalog

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from llmrec_lib.cache import cached_tensors, content_key
 from llmrec_lib.language_models import catalog
@@ -72,7 +72,7 @@ class TitleLikelihood:
         titles: Sequence[str],
         suffix: str = ";",
         dtype: str = "auto",
-        chunk_tokens: int = 512,
+        chunk_tokens: int = 256,
         device: str = "auto",
     ) -> None:
         if not titles:

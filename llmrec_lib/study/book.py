@@ -104,7 +104,7 @@ def notebook_faults(path: Path) -> list[str]:
 def source_files(root: Path) -> list[Path]:
     """Files that the book is made of, relative to `root`: the two at the root, Markdown beside them, and ``book/``."""
     files = [root / "_config.yml", root / "_toc.yml", *root.glob("*.md"), *(root / "book").rglob("*")]
-    return sorted(path.relative_to(root) for path in files if path.is_file())
+    return sorted(path.relative_to(root) for path in files if path.is_file() and "__pycache__" not in path.parts)
 
 
 def _pages(toc: Path) -> Iterator[str]:

@@ -56,6 +56,13 @@ class _Job:
     def chapter(self) -> str:
         return self.source.stem
 
+    def record(self) -> dict[str, Any]:
+        """What the chapter noted of its own run: machine, versions, memory."""
+        where = (self.parameters.get("results_dir"), self.parameters.get("dataset"), self.chapter, "run.json")
+        path = self.folder.joinpath(*where) if where[0] and where[1] else None
+        record = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+        return {name: record[name] for name in ("machine", "versions", "peak_memory_mb") if name in record}
+
     def results(self) -> dict[str, str]:
         """File name -> hash of what the chapter has written to its results folder."""
         where = (self.parameters.get("results_dir"), self.parameters.get("dataset"), self.chapter)
@@ -329,6 +336,7 @@ def _stamp(job: _Job, executed: Path) -> None:
         "stamp": job.stamp,
         "parameters": provenance.public_parameters(job.parameters),
         "results": job.results(),
+        "run": job.record(),
     }
     for cell in notebook["cells"]:
         for output in cell.get("outputs", []):

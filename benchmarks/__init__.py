@@ -1,0 +1,1 @@
+"""Every performance claim, measured beside its peer in one run, with equal output shown."""
