@@ -163,8 +163,27 @@ def to_recbole(recommender: Recommender, phase: str = "test") -> torch.nn.Module
     Returns
     -------
     recbole.model.abstract_recommender.GeneralRecommender
-        Its ``full_sort_predict`` gives this recommender's scores; evaluate it with `llmrec_lib._recbole.trainer_evaluate`.
+        Its ``full_sort_predict`` gives this recommender's scores.
     """
     from llmrec_lib import _recbole
 
     return _recbole.wrap(recommender.at(phase))
+
+
+def evaluate_by_recbole(
+    recommender: Recommender, metrics: Sequence[str], ks: Sequence[int], phase: str = "test"
+) -> dict[str, float]:
+    """What RecBole's own ``Trainer.evaluate`` says about a recommender: full ranking, RecBole's mask and metrics.
+
+    Parameters
+    ----------
+    metrics : RecBole's names, such as ["Recall", "NDCG"].
+
+    Returns
+    -------
+    dict
+        ``"ndcg@10"`` -> value, rounded by RecBole to 10 decimals.
+    """
+    from llmrec_lib import _recbole
+
+    return _recbole.trainer_evaluate(to_recbole(recommender, phase), recommender.split, list(metrics), list(ks))
