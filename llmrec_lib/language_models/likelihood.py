@@ -108,7 +108,7 @@ class TitleLikelihood:
     def prior(self) -> LikelihoodScores:
         """Scores under the empty prompt: how probable the titles are by themselves. Computed once."""
         if self._prior is None:
-            self._prior = self.log_likelihood("")
+            self._prior = LikelihoodScores(self.score_catalogue([""], progress=False)[0], self.n_tokens)
         return self._prior
 
     def score_catalogue(self, prompts: Sequence[str], progress: bool = True) -> Tensor:
