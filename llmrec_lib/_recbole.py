@@ -45,6 +45,7 @@ FAULTS = {
 }
 
 UID, IID, SEQ, SEQ_LEN = "user_id", "item_id", "item_id_list", "item_length"
+_CAUSAL = ("SASRec", "GRU4Rec")
 _NUMPY_ALIASES = {"float_": np.float64, "complex_": np.complex128, "unicode_": np.str_, "float": np.float64}
 _SET_BY_CONFIG = ("bool", "int", "float", "complex", "object", "str", "long", "unicode")
 
@@ -126,6 +127,8 @@ def _model_class(name: str, all_positions: bool) -> type[torch.nn.Module]:
     torch.autograd.set_detect_anomaly(False)
     if name == "Pop":
         return _counting_events(base)
+    if all_positions and name not in _CAUSAL:
+        raise ValueError(f"all_positions needs a model that sees only earlier items; {name} is not one of {', '.join(_CAUSAL)}")
     return _at_every_position(base) if all_positions else base
 
 

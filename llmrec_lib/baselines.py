@@ -52,7 +52,7 @@ BASELINES: dict[str, Baseline] = {
     "gru4rec": Baseline(
         "collaborative",
         "GRU4Rec",
-        {**_SEQUENTIAL, "learning_rate": 0.005, "epochs": 60, "eval_step": 3, "stopping_step": 3},
+        {**_SEQUENTIAL, "learning_rate": 0.005, "epochs": 30, "eval_step": 3, "stopping_step": 3},
         "Hidasi et al. 2016, full softmax at every position",
     ),
     "sasrec": Baseline(
@@ -77,7 +77,7 @@ BASELINES: dict[str, Baseline] = {
             "embedding_size": 32,
             "learning_rate": 0.005,
             "weight_decay": 1e-6,
-            "epochs": 40,
+            "epochs": 20,
             "eval_step": 5,
             "stopping_step": 2,
         }

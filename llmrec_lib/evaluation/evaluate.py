@@ -152,7 +152,7 @@ def evaluate(
             f"item; take them from split.eval_users({phase!r})"
         )
     if phase == "test":
-        _touch_test(split, method, seed, recommender)
+        _check_first_look(split, method, seed, recommender)
     k = min(max(ks), split.dataset.n_items - 1)
     if k < max(ks):
         raise ValueError(f"ks asks for {max(ks)} items; the catalogue has {k}")
@@ -176,6 +176,8 @@ def evaluate(
         relevant = targets[batch.numpy()].toarray() > 0
         lists.append(top)
         hits.append(np.take_along_axis(relevant, top, axis=1))
+    if phase == "test":
+        _judged[split.fingerprint, method, seed] = recommender.describe()
     lists, hits = np.concatenate(lists), np.concatenate(hits)
     values = per_user_metrics(hits, n_targets, split.item_counts[lists], ks)
     return Evaluation(
@@ -194,11 +196,11 @@ def evaluate(
 _judged: dict[tuple[str, str, int], dict] = {}
 
 
-def _touch_test(split: Split, method: str, seed: int, recommender: Recommender) -> None:
-    """Remember the configuration that each method was judged with on test data; refuse a second one."""
+def _check_first_look(split: Split, method: str, seed: int, recommender: Recommender) -> None:
+    """Refuse a second configuration of a method that has been judged on this test set."""
+    known = _judged.get((split.fingerprint, method, seed))
     configuration = recommender.describe()
-    known = _judged.setdefault((split.fingerprint, method, seed), configuration)
-    if known != configuration:
+    if known not in (None, configuration):
         changed = sorted(key for key in {*known, *configuration} if known.get(key) != configuration.get(key))
         raise TestReuseError(
             f"{method!r} has been judged on this test set with other settings ({', '.join(changed)}); choose settings with "

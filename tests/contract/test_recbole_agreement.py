@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from llmrec_lib import _recbole
 from llmrec_lib.baselines import train
 from llmrec_lib.evaluation import evaluate
-from llmrec_lib.recommender import to_recbole
+from llmrec_lib.recommender import evaluate_by_recbole
 
 KS = (5, 10)
 NAMES = {  # RecBole's name: ours
@@ -43,7 +42,7 @@ def test_numbers_of_ease_on_ml100k(ml100k_split, phase):
     """EASE scores do not tie, so that RecBole's `torch.topk`, which breaks ties as it likes, has nothing to break."""
     ease = train("ease", ml100k_split, progress=False)
     ours = evaluate(ease, ml100k_split, phase, ks=KS)
-    theirs = _recbole.trainer_evaluate(to_recbole(ease, phase), ml100k_split, METRICS, list(KS))
+    theirs = evaluate_by_recbole(ease, METRICS, KS, phase)
     assert set(theirs) == {f"{name}@{k}" for name in NAMES for k in KS}
     n_items = ml100k_split.dataset.n_items - 1
     for name, own in NAMES.items():
@@ -58,7 +57,7 @@ def test_numbers_of_a_sequential_model(checkerboard_split):
     sasrec = train("sasrec", checkerboard_split, progress=False, epochs=1)
     for phase in ("valid", "test"):
         ours = evaluate(sasrec, checkerboard_split, phase, ks=(2, 5))
-        theirs = _recbole.trainer_evaluate(to_recbole(sasrec, phase), checkerboard_split, METRICS[:6], [2, 5])
+        theirs = evaluate_by_recbole(sasrec, METRICS[:6], [2, 5], phase)
         for name in list(NAMES)[:6]:
             for k in (2, 5):
                 assert theirs[f"{name}@{k}"] == pytest.approx(ours.mean(f"{NAMES[name]}@{k}"), abs=1e-6)

@@ -198,7 +198,7 @@ def test_pickles_are_not_read(checkerboard_split, tmp_path, monkeypatch):
     sung.unlink()
     with _recbole.contained(0):
         built = _recbole.build("BPR", checkerboard_split, {}, 0)
-        trainer = _recbole._trainer(built, "BPR", lambda: 0.0)
+        trainer = _recbole.make_trainer(built, "BPR", lambda: 0.0)
         with pytest.raises(ValueError, match="checkpoint.pth.*pickles.*not read"):
             trainer.resume_checkpoint(str(checkpoint))
     assert not sung.exists()

@@ -182,7 +182,7 @@ def test_run_skip_and_rerun(project, monkeypatch):
     assert statuses(run(["2"])) == [("02_second", "up to date")]
     lines = []
     monkeypatch.setattr(
-        runner_module, "_execute", lambda job, report: runner_module.ChapterOutcome(job.chapter, "done", 0, job.target)
+        runner_module, "_execute", lambda job: runner_module.ChapterOutcome(job.chapter, "done", 0, job.target)
     )
     cells = ["print(1)"]
     run(["2"], parameters={"extra": 7}, report=lines.append)
