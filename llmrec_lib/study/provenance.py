@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
 import resource
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path, PurePath
@@ -24,11 +24,8 @@ PRESENTATION = ("cli.py", "plotting.py", "study/")
 @functools.cache
 def library_hash(results_only: bool = False) -> str:
     """Hash of the library's source; with `results_only` of those files alone that can change a method's numbers."""
-    files = {
-        path.relative_to(PACKAGE).as_posix(): path
-        for path in PACKAGE.rglob("*")
-        if path.suffix in (".py", ".json", ".yaml")
-    }
+    paths = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".json", ".yaml")]
+    files = {path.relative_to(PACKAGE).as_posix(): path for path in paths}
     return content_key({n: p for n, p in files.items() if not (results_only and n.startswith(PRESENTATION))})
 
 
@@ -37,10 +34,8 @@ def versions() -> dict[str, str]:
     """Version of Python and of each installed package that can change a number."""
     found = {"python": platform.python_version()}
     for package in KEY_PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -70,29 +65,11 @@ def peak_memory_mb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
 
-def git_commit() -> str | None:
-    """Commit of the library's own repository, with ``+changes`` if the library differs from it; None outside of git."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(PACKAGE), *arguments], capture_output=True, text=True, timeout=20, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", "__init__.py") is None:  # installed inside somebody else's repository
-        return None
-    commit = git("rev-parse", "HEAD")
-    return f"{commit}+changes" if commit and git("status", "--porcelain", "--", ".") else commit
-
-
 def public_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     """The parameters with absolute paths cut to their last component, so that no machine's folders are published."""
-    return {
-        name: PurePath(value).name
-        if isinstance(value, str) and (os.path.isabs(value) or value.startswith("~"))
-        else value
-        for name, value in parameters.items()
-    }
+
+    def public(value: Any) -> Any:
+        private = isinstance(value, str) and (os.path.isabs(value) or value.startswith("~"))
+        return PurePath(value).name if private else value
+
+    return {name: public(value) for name, value in parameters.items()}

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
 import os
 import re
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec_lib.cache import atomic_write, content_key, file_sha256
+from llmrec_lib.datasets import load_dataset
 from llmrec_lib.study import provenance
 from llmrec_lib.study.parameters import (
     ParameterError,
@@ -22,10 +22,8 @@ from llmrec_lib.study.parameters import (
     check_parameters,
     declared_parameters,
     profile_values,
-    unknown_parameter,
+    require_known,
 )
-
-HEARTBEAT_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -43,33 +41,20 @@ class ChapterOutcome:
 class _Job:
     """Everything that one execution needs, so that it can be sent to another process."""
 
+    chapter: str
     source: Path
     target: Path
+    results: Path  # the folder that the chapter writes its tables to
+    folder: Path  # where the kernel starts
     parameters: dict[str, Value]
-    changed: dict[str, Value]
-    stamp: dict[str, str | None]
-    threads: dict[str, str]
-    folder: Path
-    cell_timeout: int
+    changed: dict[str, Value]  # those that differ from the notebook's defaults
+    stamp: dict[str, str | None]  # what it is made from: part -> hash
+    threads: str
 
-    @property
-    def chapter(self) -> str:
-        return self.source.stem
-
-    def record(self) -> dict[str, Any]:
-        """What the chapter noted of its own run: machine, versions, memory."""
-        where = (self.parameters.get("results_dir"), self.parameters.get("dataset"), self.chapter, "run.json")
-        path = self.folder.joinpath(*where) if where[0] and where[1] else None
-        record = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
-        return {name: record[name] for name in ("machine", "versions", "peak_memory_mb") if name in record}
-
-    def results(self) -> dict[str, str]:
+    def result_hashes(self) -> dict[str, str]:
         """File name -> hash of what the chapter has written to its results folder."""
-        where = (self.parameters.get("results_dir"), self.parameters.get("dataset"), self.chapter)
-        if not where[0] or not where[1]:
-            return {}
-        files = self.folder.joinpath(*where).glob("*.*")
-        return {file.name: file_sha256(file) for file in sorted(files) if file.is_file() and file.name[0] != "."}
+        files = sorted(self.results.glob("[!.]*.*"))
+        return {file.name: file_sha256(file) for file in files if file.is_file()}
 
 
 def run(
@@ -82,7 +67,6 @@ def run(
     notebooks_dir: str | Path = "notebooks",
     executed_dir: str | Path = "_build/executed",
     force: bool = False,
-    cell_timeout: int = 7200,
     report: Callable[[str], None] = print,
 ) -> list[ChapterOutcome]:
     """Execute chapters in the current folder, one kernel at a time; what is up to date is skipped.
@@ -91,101 +75,70 @@ def run(
     ----------
     chapters : names such as "06", "6", "fusion" or "06_fusion"; none means all.
     profile : an entry of ``profiles.yaml`` in the notebooks' folder.
-    parameters : given by name; a name goes to each chapter that declares it, at least one has to.
-    engine, scheduler : "local", or "dask" with the address of a running scheduler (none: a cluster of one worker is
-        started). A scheduler's workers must see the same folders and have the same environment.
-    results_dir : shorthand for the parameter of this name.
-    executed_dir : where ``NN_name.ipynb`` goes when complete, and ``NN_name.failed.ipynb`` when not.
+    parameters : given by name; a name goes to each chapter that declares it, at least one has to. Anything unknown or
+        of a wrong type or value is a ParameterError (unusable data: a DataError) before anything is executed.
+    engine, scheduler : "local", or "dask" with the address of a scheduler whose workers see the same folders and have
+        the same environment (none: one worker is started here).
+    results_dir : the parameter of this name.
+    executed_dir : where ``NN_name.ipynb`` goes when complete, and ``NN_name.failed.ipynb`` until then.
     force : execute also what is up to date. Units that were kept are read back all the same.
-    cell_timeout : seconds that one cell may take.
     report : receives one line of progress at a time.
-
-    Raises
-    ------
-    ParameterError, DataError
-        Before anything is executed: an unknown chapter, profile or parameter, a wrong type or value, unusable data.
     """
     if engine not in ("local", "dask"):
         raise ParameterError(f"engine {engine!r} is not one of local, dask")
     if scheduler and engine != "dask":
         raise ParameterError(f"a scheduler ({scheduler}) needs the engine dask")
-    given = dict(parameters or {}) | ({"results_dir": str(results_dir)} if results_dir is not None else {})
-    jobs = _plan(chapters, profile, given, Path(notebooks_dir), Path(executed_dir), cell_timeout)
-    outcomes: dict[str, ChapterOutcome] = {}
-    waiting = []
-    for job in jobs:
-        reason = "asked for" if force else _out_of_date(job)
-        if reason:
-            report(f"{job.chapter}: to be executed ({reason})")
-            waiting.append(job)
-        else:
-            outcomes[job.chapter] = ChapterOutcome(job.chapter, "up to date", 0.0, job.target)
-            report(f"{job.chapter}: up to date")
-    finished = (
-        map(lambda job: _execute(job, report), waiting) if engine == "local" else _execute_on_dask(waiting, scheduler)
-    )
-    for outcome in finished:
+    given = dict(parameters or {}) | ({} if results_dir is None else {"results_dir": str(results_dir)})
+    jobs = _plan(chapters, profile, given, Path(notebooks_dir), Path(executed_dir))
+    outcomes = {job.chapter: ChapterOutcome(job.chapter, "up to date", 0.0, job.target) for job in jobs}
+    reasons = {job.chapter: "asked for" if force else _out_of_date(job) for job in jobs}
+    for chapter, reason in reasons.items():
+        report(f"{chapter}: " + (f"to be executed ({reason})" if reason else "up to date"))
+    waiting = [job for job in jobs if reasons[job.chapter]]
+    on_dask = engine == "dask" and waiting
+    for outcome in _execute_on_dask(waiting, scheduler) if on_dask else map(_execute, waiting):
         outcomes[outcome.chapter] = outcome
-        report(
-            f"{outcome.chapter}: {outcome.status} after {_clock(outcome.seconds)}"
-            + (f"\n{outcome.error}" if outcome.error else "")
-        )
-    return [outcomes[job.chapter] for job in jobs]
+        report(f"{outcome.chapter}: {outcome.status} after {outcome.seconds:.0f} s\n{outcome.error}".rstrip())
+    return list(outcomes.values())
 
 
 def find_chapters(names: Sequence[str], notebooks_dir: Path) -> list[Path]:
-    """Notebooks of the named chapters (all, if none is named) in the order of their numbers.
-
-    Raises
-    ------
-    ParameterError
-        A name that fits no notebook, with the list of those that there are; or a folder without chapters.
-    """
-    there = sorted(path for path in notebooks_dir.glob("*.ipynb") if re.match(r"\d\d_", path.name))
+    """Notebooks of the named chapters (none: of all), in order; ParameterError for a name that fits no notebook."""
+    there = sorted(notebooks_dir.glob("[0-9][0-9]_*.ipynb"))
     if not there:
         raise ParameterError(f"{notebooks_dir} holds no chapters (NN_name.ipynb): start in the project's folder")
-    asked = set()
+    by_name = {}
+    for path in there:
+        number, _, title = path.stem.partition("_")
+        by_name |= dict.fromkeys((path.stem, title, number, number.lstrip("0")), path)
     for name in names:
-        found = [
-            path
-            for path in there
-            if name in (path.stem, path.stem[3:], path.stem[:2], path.stem[:2].lstrip("0")) and name
-        ]
-        if not found:
+        if not name or name not in by_name:
             raise ParameterError(f"there is no chapter {name!r}; there are {', '.join(path.stem for path in there)}")
-        asked.update(found)
-    return [path for path in there if path in asked or not names]
+    return sorted({by_name[name] for name in names}) or there
 
 
 def _plan(
-    names: Sequence[str],
-    profile: str,
-    given: dict[str, Any],
-    notebooks_dir: Path,
-    executed_dir: Path,
-    cell_timeout: int,
+    names: Sequence[str], profile: str, given: dict[str, Any], notebooks_dir: Path, executed_dir: Path
 ) -> list[_Job]:
     chapters = find_chapters(names, notebooks_dir)
     known = {path.stem: declared_parameters(path) for path in find_chapters((), notebooks_dir)}
     scaled = profile_values(notebooks_dir / "profiles.yaml", profile, known)
     declared = {name: value for path in chapters for name, value in known[path.stem].items()}
-    for name in given:
-        if name not in declared:
-            raise unknown_parameter(name, declared, ", ".join(path.stem for path in chapters))
+    require_known(given, declared, ", ".join(path.stem for path in chapters))
     effective = {}
     for path in chapters:
         own = {name: value for name, value in given.items() if name in known[path.stem]}
         effective[path] = check_parameters(path, scaled[path.stem] | own)
     lock = notebooks_dir.absolute().parent / "requirements.lock"
-    threads = os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count())
-    environment = {
-        name: os.environ.get(name) or threads for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    }
-    fingerprints: dict[tuple, str] = {}
+    places = {path: (values.get("dataset", ""), values.get("data_dir", "")) for path, values in effective.items()}
+    data = {place: load_dataset(*place).fingerprint for place in set(places.values()) if place[0]}
     return [
         _Job(
+            chapter=path.stem,
             source=path.absolute(),
             target=executed_dir.absolute() / path.name,
+            results=Path.cwd() / values.get("results_dir", "results") / places[path][0] / path.stem,
+            folder=Path.cwd(),
             parameters=values,
             changed={name: value for name, value in values.items() if value != known[path.stem][name]},
             stamp={
@@ -193,12 +146,10 @@ def _plan(
                 "parameters": content_key(values),
                 "library": provenance.library_hash(),
                 "lock": file_sha256(lock) if lock.exists() else None,
-                "data": _data_fingerprint(values, fingerprints),
+                "data": data.get(places[path]),
                 "versions": content_key(provenance.versions()),
             },
-            threads=environment,
-            folder=Path.cwd(),
-            cell_timeout=cell_timeout,
+            threads=os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count()),
         )
         for path, values in effective.items()
     ]
@@ -207,20 +158,7 @@ def _plan(
 def _source_hash(notebook: Path) -> str:
     """Hash of what a notebook says, without outputs and execution counts."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return content_key(
-        [(cell["cell_type"], "".join(cell["source"]), cell.get("metadata", {}).get("tags", [])) for cell in cells]
-    )
-
-
-def _data_fingerprint(parameters: dict[str, Value], known: dict[tuple, str]) -> str | None:
-    if "dataset" not in parameters:
-        return None
-    from llmrec_lib.datasets import load_dataset
-
-    place = (parameters["dataset"], parameters.get("data_dir", ""))
-    if place not in known:
-        known[place] = load_dataset(*place).fingerprint
-    return known[place]
+    return content_key([(c["cell_type"], "".join(c["source"]), c["metadata"].get("tags", [])) for c in cells])
 
 
 def _out_of_date(job: _Job) -> str:
@@ -229,184 +167,118 @@ def _out_of_date(job: _Job) -> str:
         record = json.loads(job.target.read_text(encoding="utf-8"))["metadata"]["llmrec"]
         if changed := [part for part, value in job.stamp.items() if record["stamp"].get(part) != value]:
             return f"{', '.join(changed)} changed"
-        return "" if record["results"] == job.results() else "its results were changed or removed"
+        return "" if record["results"] == job.result_hashes() else "its results were changed or removed"
     except (OSError, ValueError, KeyError):
         return "not executed yet"
 
 
-class _ChapterFailed(Exception):
-    """Leaves the block that would put a complete notebook in place."""
-
-
-def _execute(job: _Job, report: Callable[[str], None] = print) -> ChapterOutcome:
+def _execute(job: _Job) -> ChapterOutcome:
     """Execute one chapter; whatever goes wrong in it is in the outcome, so that the other chapters still run."""
     started = time.monotonic()
-    failed = job.target.with_name(f"{job.chapter}.failed.ipynb")
+    unfinished = job.target.with_name(f"{job.chapter}.failed.ipynb")
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.unlink(missing_ok=True)
     try:
-        with _heartbeat(job.chapter, report), atomic_write(job.target) as temporary:
-            try:
-                _papermill(job, temporary)
-            except Exception as error:
-                message = _describe_failure(job.chapter, error, temporary)
-                if temporary.stat().st_size:
-                    with atomic_write(failed) as kept:
-                        kept.write_bytes(temporary.read_bytes())
-                    message += f"\nwhat was reached is in {failed}"
-                raise _ChapterFailed(message) from error
-            _stamp(job, temporary)
-    except _ChapterFailed as failure:
-        return ChapterOutcome(job.chapter, "failed", time.monotonic() - started, failed, str(failure))
-    failed.unlink(missing_ok=True)
+        _papermill(job, unfinished)
+        _stamp(job, unfinished)
+    except Exception as error:
+        message = _describe_failure(job.chapter, error, unfinished)
+        return ChapterOutcome(job.chapter, "failed", time.monotonic() - started, unfinished, message)
+    unfinished.unlink()
     return ChapterOutcome(job.chapter, "done", time.monotonic() - started, job.target)
 
 
 def _papermill(job: _Job, output: Path) -> None:
     import papermill
-    from nbclient.exceptions import DeadKernelError
-
-    for attempt in (1, 2):
-        try:
-            papermill.execute_notebook(
-                str(job.source),
-                str(output),
-                parameters=job.changed,
-                kernel_name="python3",
-                language="python",
-                kernel_manager_class=_this_python(job.threads),
-                resources={
-                    "metadata": {"path": str(job.folder)}
-                },  # the kernel's folder; this process stays where it is
-                execution_timeout=job.cell_timeout,
-                progress_bar={"desc": job.chapter},
-                log_output=False,
-            )
-            return
-        except RuntimeError as error:
-            # A kernel that dies before it answers has usually lost the race for a port; one that dies later has not.
-            if attempt == 2 or isinstance(error, DeadKernelError) or _cells_started(output):
-                raise
-
-
-def _this_python(environment: dict[str, str]) -> type:
-    """Kernel manager whose "python3" is the interpreter that runs this, whatever kernels are installed."""
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
+    from nbclient.exceptions import DeadKernelError
 
-    class ThisPython(AsyncKernelManager):
+    class ThisPython(AsyncKernelManager):  # the interpreter that runs this, whatever kernels are installed
         # The log level spares the reader a warning per chapter that a local kernel's traffic is not encrypted.
-        kernel_spec = KernelSpec(**get_kernel_dict(["--log-level=40"]) | {"env": environment})
+        kernel_spec = KernelSpec(**get_kernel_dict(["--log-level=40"]) | {"env": {"OMP_NUM_THREADS": job.threads}})
 
-    return ThisPython
-
-
-def _cells_started(notebook: Path) -> list[int]:
+    execute = functools.partial(
+        papermill.execute_notebook,
+        job.source,
+        output,
+        parameters=job.changed,
+        kernel_name="python3",
+        language="python",
+        kernel_manager_class=ThisPython,
+        resources={"metadata": {"path": str(job.folder)}},  # this process stays where it is
+        progress_bar={"desc": job.chapter},
+    )
     try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    except (ValueError, OSError):
-        return []
-    return [index for index, cell in enumerate(cells) if cell["metadata"].get("papermill", {}).get("start_time")]
+        execute()
+    except DeadKernelError:
+        raise
+    except RuntimeError:  # a kernel that dies before it answers has usually lost the race for a port
+        execute()
 
 
 def _describe_failure(chapter: str, error: Exception, notebook: Path) -> str:
-    """Chapter, cell (counted from 1 in the source notebook) and exception."""
-    what = f"{type(error).__name__}: {error}"
-    if hasattr(error, "ename"):
-        what = f"{error.ename}: {error.evalue}"
+    """Chapter, cell (counted from 1 in the source notebook), exception, and where to look at what was reached."""
+    what = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else f"{type(error).__name__}: {error}"
     try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    except ValueError:  # not a single cell was reached
+        cells = [cell["metadata"] for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
+    except (OSError, ValueError):  # not a single cell was reached
         return f"{chapter} failed before its first cell with {what}"
-    cells = [cell["metadata"] for cell in cells if "papermill-error-cell-tag" not in cell["metadata"].get("tags", [])]
-    reached = [index for index, cell in enumerate(cells) if cell.get("papermill", {}).get("start_time")]
-    if not reached:
-        return f"{chapter} failed before its first cell with {what}"
-    number = sum("injected-parameters" not in cell.get("tags", []) for cell in cells[: reached[-1] + 1])
-    return f"{chapter} failed in cell {number} with {what}"
+    added = {"injected-parameters", "papermill-error-cell-tag"}
+    own = [cell for cell in cells if not added.intersection(cell.get("tags", []))]
+    reached = [number for number, cell in enumerate(own, 1) if cell.get("papermill", {}).get("start_time")]
+    place = f"in cell {reached[-1]}" if reached else "before its first cell"
+    return f"{chapter} failed {place} with {what}\nwhat was reached is in {notebook}"
 
 
 def _stamp(job: _Job, executed: Path) -> None:
-    """Write into the executed notebook what it was made from, and take this machine's folders out of it."""
+    """Put the executed notebook in place, with what it was made from and without this machine's folders."""
     notebook = json.loads(executed.read_text(encoding="utf-8"))
-    papermill = notebook["metadata"]["papermill"]
-    papermill |= {"input_path": job.source.name, "output_path": job.target.name}
-    if "parameters" in papermill:
-        papermill["parameters"] = provenance.public_parameters(papermill["parameters"])
+    notebook["metadata"]["papermill"] |= {"input_path": job.source.name, "output_path": job.target.name}
+    notebook["metadata"]["papermill"]["parameters"] = provenance.public_parameters(job.changed)
+    record = job.results / "run.json"
+    run = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     notebook["metadata"]["llmrec"] = {
         "stamp": job.stamp,
         "parameters": provenance.public_parameters(job.parameters),
-        "results": job.results(),
-        "run": job.record(),
+        "results": job.result_hashes(),
+        "run": {name: run[name] for name in ("machine", "versions", "peak_memory_mb") if name in run},
     }
     for cell in notebook["cells"]:
-        for output in cell.get("outputs", []):
-            if "text" in output:
-                output["text"] = _without_folders(output["text"], job.folder)
-            for kind in output.get("data", {}):
-                if kind.startswith("text/"):
-                    output["data"][kind] = _without_folders(output["data"][kind], job.folder)
-    executed.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if "outputs" in cell:
+            cell["outputs"] = _without_folders(cell["outputs"], job.folder)
+    with atomic_write(job.target) as temporary:
+        temporary.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _without_folders(text: str | list[str], folder: Path) -> str | list[str]:
-    """Warnings quote file names; an executed notebook is published, so the folders in them go."""
-    if isinstance(text, list):
-        return [_without_folders(line, folder) for line in text]
-    text = re.sub(r"\S*ipykernel_\d+[/\\]\d+\.py", "<cell>", text)
-    places = {str(provenance.PACKAGE.parent): "", str(folder): "", sys.prefix: "<python>", sys.base_prefix: "<python>"}
-    places[str(Path.home())] = "~"
-    for place in sorted(places, key=len, reverse=True):
-        if len(place) > 4:
-            text = re.sub(
-                re.escape(place) + r"(?=[/\\])[/\\]" if not places[place] else re.escape(place), places[place], text
-            )
-    return text
-
-
-@contextlib.contextmanager
-def _heartbeat(chapter: str, report: Callable[[str], None]) -> Iterator[None]:
-    """A line a minute: a cell may train for long, and papermill's bar moves only between cells."""
-    stop, started = threading.Event(), time.monotonic()
-
-    def beat() -> None:
-        while not stop.wait(HEARTBEAT_SECONDS):
-            report(f"{chapter}: still running, {_clock(time.monotonic() - started)}")
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
+def _without_folders(content: Any, folder: Path) -> Any:
+    """Outputs quote file names (in warnings, say); an executed notebook is published, so the folders in them go."""
+    if isinstance(content, list):
+        return [_without_folders(part, folder) for part in content]
+    if isinstance(content, dict):
+        return {name: part if "image/" in name else _without_folders(part, folder) for name, part in content.items()}
+    if not isinstance(content, str):
+        return content
+    places = {str(Path.home()): "~", sys.prefix: "<python>", sys.base_prefix: "<python>"}
+    places |= {str(provenance.PACKAGE.parent): ".", str(folder): "."}
+    pattern = "|".join(re.escape(place) for place in sorted(places, key=len, reverse=True) if len(place) > 4)
+    content = re.sub(r"\S*ipykernel_\d+[/\\]\d+\.py", "<cell>", content)
+    return re.sub(pattern, lambda found: places[found[0]], content)
 
 
 def _execute_on_dask(jobs: Sequence[_Job], scheduler: str | None) -> Iterator[ChapterOutcome]:
     """Each chapter is one task; outcomes come back in the order in which the chapters finish."""
-    if not jobs:
-        return
-    try:
-        from distributed import Client, LocalCluster, as_completed
-    except ImportError:
-        raise ParameterError(
-            "the engine dask needs the package distributed: install it, or use the engine local"
-        ) from None
-    with contextlib.ExitStack() as stack:
-        cluster = scheduler
-        if not scheduler:  # one worker: kernels that start at the same time race for ports and share the cores
-            cluster = stack.enter_context(
-                LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None)
-            )
-        client = stack.enter_context(Client(cluster))
+    from distributed import Client, as_completed
+
+    # One worker: kernels that start at the same time race for ports and share the cores.
+    local = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
+    with Client(scheduler) if scheduler else Client(**local) as client:
         futures = {client.submit(_execute, job, pure=False, retries=0): job for job in jobs}
         for future in as_completed(futures):
-            if future.status == "finished":
+            job, error = futures[future], future.exception()
+            if error is None:
                 yield future.result()
             else:
-                job = futures[future]
-                message = f"{job.chapter} was lost with its worker: {future.exception()}"
+                message = f"{job.chapter} was lost with its worker: {error}"
                 yield ChapterOutcome(job.chapter, "failed", 0.0, job.target, message)

@@ -291,7 +291,7 @@ def server(monkeypatch, tmp_path):
     asked: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802
+        def do_GET(self):
             asked.append(self.path)
             answer = content.get(self.path)
             self.send_response(404 if answer is None else 302 if isinstance(answer, str) else 200)
