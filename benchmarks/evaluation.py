@@ -33,4 +33,4 @@ def measure() -> list[dict]:
         "peer": peer,
         "unit": "seconds for 943 users × 1,682 items",
     }
-    return [row | {"ratio": peer / seconds, "same_output": error <= 1e-6, "error": error}]
+    return [row | {"ratio": peer / seconds, "same_output": bool(error <= 1e-6), "error": float(error)}]

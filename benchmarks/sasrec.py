@@ -20,7 +20,7 @@ def measure() -> list[dict]:
     peer, peer_targets = _recbole_epoch()
     error = abs(our_targets - peer_targets) / peer_targets
     row = {"name": "sasrec epoch", "ours": ours, "peer": peer, "unit": "seconds per epoch", "ratio": peer / ours}
-    return [row | {"same_output": error < 1e-3, "error": error}]  # the same number of predicted events
+    return [row | {"same_output": bool(error < 1e-3), "error": float(error)}]  # the same number of predicted events
 
 
 def _our_epoch() -> tuple[float, int]:

@@ -128,7 +128,9 @@ def _model_class(name: str, all_positions: bool) -> type[torch.nn.Module]:
     if name == "Pop":
         return _counting_events(base)
     if all_positions and name not in _CAUSAL:
-        raise ValueError(f"all_positions needs a model that sees only earlier items; {name} is not one of {', '.join(_CAUSAL)}")
+        raise ValueError(
+            f"all_positions needs a model that sees only earlier items; {name} is not one of {', '.join(_CAUSAL)}"
+        )
     return _at_every_position(base) if all_positions else base
 
 
