@@ -266,12 +266,12 @@ def windows(split: Split, max_length: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[UID, SEQ, SEQ_LEN, IID])
 
 
-def build(model_name: str, split: Split, settings: dict, seed: int) -> SimpleNamespace:
+def build(model_name: str | type, split: Split, settings: dict, seed: int) -> SimpleNamespace:
     """Make RecBole's config, datasets, training loader and model for a split. Call inside `contained`.
 
     Parameters
     ----------
-    model_name : a RecBole model such as "LightGCN".
+    model_name : a RecBole model such as "LightGCN"; or a class of our own, whose settings must then all be given.
     settings : dict
         RecBole parameters; and ``all_positions`` (bool, sequential models) and ``item_columns`` (list, context-aware models).
 
@@ -287,7 +287,10 @@ def build(model_name: str, split: Split, settings: dict, seed: int) -> SimpleNam
 
     settings = dict(settings)
     all_positions, item_columns = settings.pop("all_positions", False), settings.pop("item_columns", [])
-    cls = _model_class(model_name, all_positions)
+    if isinstance(model_name, str):
+        cls = _model_class(model_name, all_positions)
+    else:
+        cls = _at_every_position(model_name) if all_positions else model_name
     sequential = cls.type == ModelType.SEQUENTIAL
     fixed = {
         "seed": seed,
@@ -337,6 +340,11 @@ def make_trainer(built: SimpleNamespace, model_name: str, validate: Callable[[],
     class SplitTrainer(get_trainer(built.config["MODEL_TYPE"], model_name)):
         best_state: dict[str, torch.Tensor] | None = None
 
+        def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
+            if hasattr(self.model, "parameter_groups"):  # what is trained, and at which learning rates
+                kwargs.setdefault("params", self.model.parameter_groups())
+            return super()._build_optimizer(**kwargs)
+
         def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, dict]:
             self.model.eval()
             score = validate()
@@ -373,7 +381,9 @@ def make_trainer(built: SimpleNamespace, model_name: str, validate: Callable[[],
     return trainer
 
 
-def fit(model_name: str, split: Split, settings: dict, seed: int, progress: bool = True) -> dict[str, torch.Tensor]:
+def fit(
+    model_name: str | type, split: Split, settings: dict, seed: int, progress: bool = True
+) -> dict[str, torch.Tensor]:
     """Train a RecBole model with RecBole's trainer; stop by masked NDCG@10 on validation.
 
     Returns
@@ -388,16 +398,15 @@ def fit(model_name: str, split: Split, settings: dict, seed: int, progress: bool
         linear = linear_weights(built.model)
         if linear is not None:
             return _sparse_state(linear)
-        recommender = RecBoleRecommender(built.model, split, model_name)
+        name = built.config["model"]
+        recommender = RecBoleRecommender(built.model, split, name)
         users = split.eval_users("valid", settings.get("valid_users", 0))
         k = min(10, split.dataset.n_items - 1)  # a catalogue may be smaller than the usual cut-off
         trainer = make_trainer(
-            built, model_name, lambda: evaluate(recommender, split, "valid", ks=(k,), users=users).mean(f"ndcg@{k}")
+            built, name, lambda: evaluate(recommender, split, "valid", ks=(k,), users=users).mean(f"ndcg@{k}")
         )
         curve: list[float] = []
-        with tqdm(
-            total=trainer.epochs, desc=f"train {model_name}", unit="epoch", leave=False, disable=not progress
-        ) as bar:
+        with tqdm(total=trainer.epochs, desc=f"train {name}", unit="epoch", leave=False, disable=not progress) as bar:
 
             def each_epoch(epoch: int, score: float) -> None:
                 curve.append(score)
@@ -414,7 +423,7 @@ def fit(model_name: str, split: Split, settings: dict, seed: int, progress: bool
 
 
 def restore(
-    model_name: str, split: Split, settings: dict, seed: int, state: dict[str, torch.Tensor]
+    model_name: str | type, split: Split, settings: dict, seed: int, state: dict[str, torch.Tensor]
 ) -> torch.nn.Module:
     """The trained RecBole model (general, sequential, context-aware) from what `fit` returned."""
     state = {name: tensor for name, tensor in state.items() if name not in ("valid_curve", "epochs")}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import FloatTensor, LongTensor
@@ -11,25 +12,33 @@ from llmrec_lib.prompts import get_template, item_titles, user_prompts
 from llmrec_lib.recommender import Recommender
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from llmrec_lib.language_models.likelihood import TitleLikelihood
+    from llmrec_lib.prompts import StatedNeeds
     from llmrec_lib.splits import Split
 
 SCORES = ("sum", "mean", "prior_corrected")
 
 
 def catalogue_likelihood(
-    split: Split, llm: str = "smollm2-135m", template: str = "history", **options
+    split: Split,
+    llm: str | tuple[PreTrainedModel, PreTrainedTokenizerBase] = "smollm2-135m",
+    template: str = "history",
+    titles: Sequence[str] | None = None,
+    **options: Any,
 ) -> TitleLikelihood:
     """A `TitleLikelihood` over the catalogue of a split: items 1 … n_items − 1, spelled as the template's prompts spell them.
 
     Parameters
     ----------
-    llm : name for `catalog.fetch`.
+    llm : name for `catalog.fetch`, or a loaded model with its tokenizer, such as a fine-tuned one.
+    titles : sequence of str [n_items], instead of the data set's; item 0 is PAD.
     **options : of `TitleLikelihood`, such as dtype or chunk_tokens.
     """
     from llmrec_lib.language_models.likelihood import TitleLikelihood
 
-    titles = item_titles(split.dataset.titles, template)[1:]
+    titles = item_titles(split.dataset.titles if titles is None else titles, template)[1:]
     return TitleLikelihood(llm, titles, suffix=get_template(template).suffix, **options)
 
 
@@ -50,6 +59,10 @@ class TitleLikelihoodRecommender(Recommender):
     template : name in `prompts.TEMPLATES`.
     rule : one of `SCORES`.
     prior_weight : only for "prior_corrected"; choose on validation.
+    over : "vocabulary" or "catalogue"
+        What each token is normalised over, see `TitleLikelihood.log_likelihood`. "catalogue" is a distribution over the
+        titles and many times faster, since only forks of the title tree are read.
+    needs : what each user states, for a template with {need}.
     """
 
     def __init__(
@@ -59,6 +72,8 @@ class TitleLikelihoodRecommender(Recommender):
         template: str = "history",
         rule: str = "sum",
         prior_weight: float = 1.0,
+        over: str = "vocabulary",
+        needs: StatedNeeds | None = None,
         progress: bool = True,
         name: str | None = None,
     ) -> None:
@@ -68,18 +83,22 @@ class TitleLikelihoodRecommender(Recommender):
             raise ValueError(
                 f"the likelihood has {len(likelihood.titles)} titles for {split.dataset.n_items - 1} items"
             )
-        super().__init__(split, name or f"likelihood ({rule})")
+        super().__init__(split, name or f"likelihood ({rule}{', catalogue' if over == 'catalogue' else ''})")
         self.likelihood = likelihood
         self.template = template
         self.rule = rule
         self.prior_weight = prior_weight
+        self.over = over
+        self.needs = needs
         self.progress = progress
 
     def score(self, users: LongTensor) -> FloatTensor:
-        prompts = user_prompts(self.split, users.numpy(), self.phase, self.template)
-        sums = self.likelihood.score_catalogue(prompts, progress=self.progress)
+        need = self.needs.texts(users, self.phase) if self.needs else ""
+        titles = ["", *self.likelihood.titles]
+        prompts = user_prompts(self.split, users.numpy(), self.phase, self.template, titles, need)
+        sums = self.likelihood.score_catalogue(prompts, progress=self.progress, over=self.over)
         if self.rule == "mean":
             sums = sums / self.likelihood.n_tokens.clamp(min=1)
         elif self.rule == "prior_corrected":
-            sums = sums - self.prior_weight * self.likelihood.prior().sum
+            sums = sums - self.prior_weight * self.likelihood.prior(self.over).sum
         return torch.cat([sums.amin(dim=1, keepdim=True) - 1.0, sums], dim=1)  # PAD first

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import scipy.sparse as sp
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -149,6 +150,68 @@ def user_prompts(
             history_titles = fit_history(history_titles, template, tokenizer, max_tokens, profiles[user], stated)
         prompts.append(render(template, history_titles, profiles[user], stated))
     return prompts
+
+
+class StatedNeeds:
+    """N: one word per user that says what is looked for, the same for every method, with the items that it fits.
+
+    A simulated statement: for each phase, a random word of a random item among those that the user really takes next.
+    Words are the values of `column`, or words of the titles; each fits at least `min_items` and at most half of the
+    catalogue's items, so that it tells something and does not give the answer away.
+
+    Parameters
+    ----------
+    split : Split
+    column : an item column such as "class"; by default the item column whose words repeat most, else the title.
+    seed : which item and which word.
+    min_items : a rarer word would name the item.
+    """
+
+    def __init__(self, split: Split, column: str = "", seed: int = 0, min_items: int = 10) -> None:
+        from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, CountVectorizer
+
+        self.column = column or _category_column(split)
+        if self.column not in split.dataset.items:
+            raise ValueError(f"no item column {column!r}; there are {', '.join(split.dataset.items)}")
+        counter = CountVectorizer(binary=True, lowercase=False, token_pattern=r"[^\s|,;]*[^\W\d_]{2}[^\s|,;]*")
+        fits = counter.fit_transform(split.dataset.items[self.column].astype(str)).tocsc()
+        n_fitting = np.diff(fits.indptr)
+        words = counter.get_feature_names_out()
+        usable = (n_fitting >= min_items) & (n_fitting <= (len(split.dataset.items) - 1) / 2)
+        if self.column == split.dataset.title_column:
+            usable &= [word.lower() not in ENGLISH_STOP_WORDS for word in words]
+        self.words = [*words[usable], ""]
+        nothing = sp.csc_matrix((fits.shape[0], 1))  # the last word, which nobody states
+        self._items = sp.hstack([fits[:, usable], nothing]).T.tocsr()  # [n_words, n_items]
+        self._word_of = {phase: self._choose(split.targets(phase), seed) for phase in ("valid", "test")}
+
+    def _choose(self, targets: sp.csr_matrix, seed: int) -> np.ndarray:
+        rng, words_of = np.random.default_rng(seed), self._items.T.tocsr()
+        chosen = np.full(targets.shape[0], len(self.words) - 1)
+        for user in np.flatnonzero(np.diff(targets.indptr)):
+            for item in rng.permutation(targets[user].indices):
+                if len(words := words_of[item].indices):
+                    chosen[user] = rng.choice(words)
+                    break
+        return chosen
+
+    def texts(self, users: ArrayLike, phase: str) -> list[str]:
+        """The word that each user [n] states in a phase, "" where none of the items has a usable one."""
+        return [self.words[word] for word in self._word_of[phase][np.asarray(users)]]
+
+    def fitting(self, users: ArrayLike, phase: str) -> np.ndarray:
+        """Which items the words of users [n] fit, bool [n, n_items]."""
+        return self._items[self._word_of[phase][np.asarray(users)]].toarray() > 0
+
+
+def _category_column(split: Split) -> str:
+    """The token_seq column, other than the title, with the fewest distinct words; the title if there is none."""
+    dataset = split.dataset
+    columns = [c for c, kind in dataset.item_columns.items() if kind == "token_seq" and c != dataset.title_column]
+    distinct = {
+        column: len({word for text in dataset.items[column] for word in str(text).split()}) for column in columns
+    }
+    return min(distinct, key=distinct.get, default=dataset.title_column or "")
 
 
 def _newest(history: Sequence, template: Template) -> Sequence:

@@ -16,6 +16,7 @@ from llmrec_lib.recommender import PHASES, ItemSimilarityRecommender, Recommende
 
 if TYPE_CHECKING:
     from llmrec_lib.language_models.encoder import TextEncoder, Whitening
+    from llmrec_lib.prompts import StatedNeeds
     from llmrec_lib.splits import Split
 
 
@@ -119,3 +120,20 @@ class UserTextRecommender(Recommender):
         ranked = torch.where(torch.isfinite(ranked), ranked, similarity.gather(1, kept) - 100.0)
         lift = similarity.amax(dim=1, keepdim=True) - ranked.amin(dim=1, keepdim=True) + 1.0
         return similarity.scatter(1, kept, ranked + lift)
+
+
+class NeedFilter(Recommender):
+    """What a user states as a filter on any recommender: fitting items first, each group in the recommender's order."""
+
+    def __init__(self, recommender: Recommender, needs: StatedNeeds, name: str | None = None) -> None:
+        super().__init__(recommender.split, name or f"{recommender.name} | need")
+        self.recommender = recommender
+        self.needs = needs
+
+    def score(self, users: LongTensor) -> FloatTensor:
+        scores = self.recommender.at(self.phase).score(users)
+        step = scores.amax(1, keepdim=True) - scores.amin(1, keepdim=True) + 1.0
+        return scores + step * torch.from_numpy(self.needs.fitting(users, self.phase))
+
+    def describe(self) -> dict:
+        return {**super().describe(), "recommender": self.recommender.describe(), "column": self.needs.column}

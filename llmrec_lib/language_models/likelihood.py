@@ -14,11 +14,13 @@ from tqdm import tqdm
 
 from llmrec_lib.cache import cached_tensors, content_key
 from llmrec_lib.language_models import catalog
+from llmrec_lib.language_models._packed import pack_linears
 from llmrec_lib.language_models.encoder import choose_device, choose_dtype, first_token, pad_right
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+OVER = ("vocabulary", "catalogue")
 HEAD_ROWS = 128  # positions per vocabulary projection: 128 x 49,152 logits stay near the cores' caches
 _ANCHOR = ":"
 
@@ -84,6 +86,7 @@ class TitleLikelihood:
         loaded, self.tokenizer = catalog.load_causal(model, self.dtype) if isinstance(model, str) else model
         self._folder = catalog.fetch(model) if isinstance(model, str) else None
         self.model = loaded.to(device=self.device, dtype=self.dtype).eval()
+        pack_linears(self.model)
         self.titles, self.suffix, self.chunk_tokens = list(titles), suffix, chunk_tokens
         config = self.model.config
         self.context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
@@ -95,23 +98,36 @@ class TitleLikelihood:
         self._split_head = False
         self.shares_prompt = self._can_share_prompt()
         self._split_head = self.shares_prompt and self._has_plain_head()
-        self._prior: LikelihoodScores | None = None
+        self._prior: dict[str, LikelihoodScores] = {}
 
-    def log_likelihood(self, prompt: str | Sequence[int]) -> LikelihoodScores:
-        """Score all titles under one prompt, given as text or as token ids."""
+    def log_likelihood(self, prompt: str | Sequence[int], over: str = "vocabulary") -> LikelihoodScores:
+        """Score all titles under one prompt, given as text or as token ids.
+
+        Parameters
+        ----------
+        over : {"vocabulary", "catalogue"}
+            What a token's probability is normalised over. "vocabulary": all tokens, as the model was trained. "catalogue":
+            those with which some title of the catalogue goes on, so that the probabilities of the distinct titles add up to 1
+            if none is the beginning of another, which the suffix sees to
+            (constrained decoding as in De Cao et al. 2021, "Autoregressive Entity Retrieval", scored instead of searched).
+            Where only one token can follow it has probability 1, and what lies behind the last fork needs no forward.
+        """
+        if over not in OVER:
+            raise ValueError(f"over is {over!r}; it must be one of {', '.join(OVER)}")
         ids = self.prompt_tokens(prompt)
         if not self.shares_prompt:
             batch_size = max(1, 4 * self.chunk_tokens // (len(ids) + int(self.n_tokens.max())))
-            return naive_log_likelihood(self, ids, batch_size=batch_size)
-        return LikelihoodScores(self._tree_scores(ids, self._tree), self.n_tokens)
+            return naive_log_likelihood(self, ids, batch_size=batch_size, over=over)
+        return LikelihoodScores(self._tree_scores(ids, self._tree, over), self.n_tokens)
 
-    def prior(self) -> LikelihoodScores:
+    def prior(self, over: str = "vocabulary") -> LikelihoodScores:
         """Scores under the empty prompt: how probable the titles are by themselves. Computed once."""
-        if self._prior is None:
-            self._prior = LikelihoodScores(self.score_catalogue([""], progress=False)[0], self.n_tokens)
-        return self._prior
+        if over not in self._prior:
+            scores = self.score_catalogue([""], progress=False, over=over)[0]
+            self._prior[over] = LikelihoodScores(scores, self.n_tokens)
+        return self._prior[over]
 
-    def score_catalogue(self, prompts: Sequence[str], progress: bool = True) -> Tensor:
+    def score_catalogue(self, prompts: Sequence[str], progress: bool = True, over: str = "vocabulary") -> Tensor:
         """Sums of `log_likelihood` for many prompts, each stored on disk as soon as it is known.
 
         Returns
@@ -119,13 +135,13 @@ class TitleLikelihood:
         Tensor of float32 [n_prompts, n_titles]
         """
         model = catalog.model_hash(self._folder) if self._folder else catalog.weights_hash(self.model)
-        base = content_key("likelihood 1", model, self.title_tokens, str(self.dtype), self.context)
+        base = content_key("likelihood 2", model, self.title_tokens, str(self.dtype), self.context, over)
         scores = torch.empty(len(prompts), len(self.titles))
         for row, prompt in enumerate(tqdm(prompts, desc="scoring titles", unit="prompt", disable=not progress)):
             ids = self.prompt_tokens(prompt)
 
             def compute(ids: list[int] = ids) -> dict[str, Tensor]:
-                return {"sum": self.log_likelihood(ids).sum}
+                return {"sum": self.log_likelihood(ids, over).sum}
 
             scores[row] = cached_tensors(f"likelihood/{base[:16]}", content_key(base, ids), compute)["sum"]
         return scores
@@ -147,6 +163,14 @@ class TitleLikelihood:
             has_bos = ids[0] == self.tokenizer.bos_token_id and room > 1
             ids = [ids[0], *ids[len(ids) - room + 1 :]] if has_bos else ids[len(ids) - room :]
         return ids
+
+    def followers(self) -> dict[tuple[int, ...], list[int]]:
+        """Every beginning of a title -> the tokens with which titles go on."""
+        found: dict[tuple[int, ...], set[int]] = {}
+        for title in self.title_tokens:
+            for position, token in enumerate(title):
+                found.setdefault(tuple(title[:position]), set()).add(token)
+        return {beginning: sorted(tokens) for beginning, tokens in found.items()}
 
     def _tokenize_titles(self) -> list[list[int]]:
         def tokenize(texts: list[str]) -> list[list[int]]:
@@ -176,11 +200,12 @@ class TitleLikelihood:
         return states[0, -keep:], getattr(outputs, self._cache_argument)
 
     @torch.inference_mode()
-    def _tree_scores(self, prompt: list[int], tree: _Tree) -> Tensor:
+    def _tree_scores(self, prompt: list[int], tree: _Tree, over: str = "vocabulary") -> Tensor:
         log_p = torch.zeros(len(tree.tokens), dtype=torch.float64)  # of each node, given its parent
         states, cache = self._read(torch.tensor(prompt, device=self.device), None, keep=1)
-        self._score_children(states, [0], tree, log_p)
-        for nodes, parents, n_repeated in tree.chunks(self.chunk_tokens):
+        self._score_children(states, [0], tree, log_p, over)
+        inner = tree.inner if over == "vocabulary" else tree.before_forks
+        for nodes, parents, n_repeated in tree.chunks(self.chunk_tokens, inner):
             mask = _ancestor_mask(parents, len(prompt), self.dtype).to(self.device)
             positions = (tree.depth[nodes] + (len(prompt) - 1)).to(self.device)
             states, cache = self._read(
@@ -191,20 +216,34 @@ class TitleLikelihood:
                 position_ids=positions[None],
             )
             cache.crop(-len(nodes))
-            self._score_children(states, nodes[n_repeated:].tolist(), tree, log_p)
+            self._score_children(states, nodes[n_repeated:].tolist(), tree, log_p, over)
         return tree.path_sums(log_p).float()
 
-    def _score_children(self, states: Tensor, nodes: list[int], tree: _Tree, log_p: Tensor) -> None:
+    def _score_children(self, states: Tensor, nodes: list[int], tree: _Tree, log_p: Tensor, over: str) -> None:
         """Write log p of each child of `nodes`, whose hidden states or logits are the rows of `states`."""
+        if over == "catalogue":
+            forks = [row for row, node in enumerate(nodes) if len(tree.children[node]) > 1]
+            states, nodes = states[forks], [nodes[row] for row in forks]
         for start in range(0, len(nodes), HEAD_ROWS):
             block = states[start : start + HEAD_ROWS]
-            logits = self.model.get_output_embeddings()(block) if self._split_head else block
             children = [tree.children[node] for node in nodes[start : start + HEAD_ROWS]]
             rows = torch.repeat_interleave(torch.tensor([len(ids) for ids in children])).to(self.device)
             child_nodes = torch.tensor([child for ids in children for child in ids])
-            # The chosen logit is rounded as the normaliser's are, so that near-certain tokens stay at log p = 0.
-            chosen = logits[rows, tree.tokens[child_nodes].to(self.device)].float()
-            log_p[child_nodes] = (chosen - logits.float().logsumexp(1)[rows]).double().cpu()
+            tokens = tree.tokens[child_nodes].to(self.device)
+            if over == "catalogue":
+                found = _log_softmax_by_group(self._logits_of(block, rows, tokens), rows, len(children))
+            else:
+                logits = self.model.get_output_embeddings()(block) if self._split_head else block
+                found = logits.log_softmax(1, dtype=torch.float32)[rows, tokens]
+            log_p[child_nodes] = found.double().cpu()
+
+    def _logits_of(self, states: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Logits float32 [n] of single tokens, each after the state of its row, without the rest of the vocabulary."""
+        if not self._split_head:
+            return states[rows, tokens].float()
+        head = self.model.get_output_embeddings()
+        logits = (states[rows].float() * head.weight[tokens].float()).sum(1)
+        return logits if getattr(head, "bias", None) is None else logits + head.bias[tokens].float()
 
     def _can_share_prompt(self) -> bool:
         """Try a small tree against the plain loop; what differs would be scored wrongly, so it is not used."""
@@ -238,7 +277,11 @@ class TitleLikelihood:
 
 
 def naive_log_likelihood(
-    scorer: TitleLikelihood, prompt: str | Sequence[int], rows: Sequence[int] | None = None, batch_size: int = 1
+    scorer: TitleLikelihood,
+    prompt: str | Sequence[int],
+    rows: Sequence[int] | None = None,
+    batch_size: int = 1,
+    over: str = "vocabulary",
 ) -> LikelihoodScores:
     """The reference: prompt and title are read together, for each distinct title anew.
 
@@ -251,15 +294,23 @@ def naive_log_likelihood(
         Positions in ``scorer.titles``; all by default.
     batch_size : int
         Titles of similar length read together, padded on the right.
+    over : see `TitleLikelihood.log_likelihood`
     """
     chosen = range(len(scorer.titles)) if rows is None else rows
     titles = [scorer.title_tokens[row] for row in chosen]
-    scores = _padded_scores(scorer, scorer.prompt_tokens(prompt), titles, batch_size)
+    allowed = scorer.followers() if over == "catalogue" else None
+    scores = _padded_scores(scorer, scorer.prompt_tokens(prompt), titles, batch_size, allowed)
     return LikelihoodScores(scores, torch.tensor([len(title) for title in titles], dtype=torch.int64))
 
 
 @torch.inference_mode()
-def _padded_scores(scorer: TitleLikelihood, prompt: list[int], titles: list[list[int]], batch_size: int) -> Tensor:
+def _padded_scores(
+    scorer: TitleLikelihood,
+    prompt: list[int],
+    titles: list[list[int]],
+    batch_size: int,
+    allowed: dict[tuple[int, ...], list[int]] | None = None,
+) -> Tensor:
     model = scorer.model
     short_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
     unique = sorted(set(map(tuple, titles)), key=len)
@@ -270,7 +321,15 @@ def _padded_scores(scorer: TitleLikelihood, prompt: list[int], titles: list[list
         longest = len(batch[-1])
         keep = {"logits_to_keep": longest + 1} if short_logits else {}
         logits = model(input_ids=tokens, attention_mask=mask, use_cache=False, **keep).logits[:, -longest - 1 : -1]
-        log_p = logits.float().log_softmax(-1).gather(2, tokens[:, -longest:, None])[:, :, 0]
+        logits = logits.float()
+        if allowed is not None:
+            outside = torch.zeros_like(logits, dtype=torch.bool)
+            for row, title in enumerate(batch):
+                for position in range(len(title)):
+                    outside[row, position] = True
+                    outside[row, position, allowed[title[:position]]] = False
+            logits = logits.masked_fill(outside, -torch.inf)
+        log_p = logits.log_softmax(-1).gather(2, tokens[:, -longest:, None])[:, :, 0]
         sums = (log_p.double() * mask[:, -longest:]).sum(1)
         scores.update(zip(batch, sums.tolist(), strict=True))
     return torch.tensor([scores[tuple(title)] for title in titles], dtype=torch.float32)
@@ -298,11 +357,17 @@ class _Tree:
         self.children: list[list[int]] = [[] for _ in tokens]
         for node in range(1, len(tokens)):
             self.children[parents[node]].append(node)
+        self.inner = [node for node in range(1, len(tokens)) if self.children[node]]
+        """Nodes with children, the prompt left out: what a model has to read."""
+        forks_below = [len(children) > 1 for children in self.children]
+        for node in range(len(tokens) - 1, 0, -1):
+            forks_below[parents[node]] |= forks_below[node]
+        self.before_forks = [node for node in self.inner if forks_below[node]]
+        """Nodes with several children, at them or below: all that decides between titles."""
 
-    def chunks(self, size: int) -> Iterator[tuple[Tensor, list[int], int]]:
-        """Nodes with children, about `size` at a time: ids, place of each one's parent in the chunk (-1: the prompt),
+    def chunks(self, size: int, inner: list[int]) -> Iterator[tuple[Tensor, list[int], int]]:
+        """The nodes of `inner`, about `size` at a time: ids, place of each one's parent in the chunk (-1: the prompt),
         and how many ancestors at the beginning are repeated from earlier chunks."""
-        inner = [node for node in range(1, len(self.tokens)) if self.children[node]]
         start = 0
         while start < len(inner):
             ancestors: list[int] = []
@@ -322,6 +387,13 @@ class _Tree:
         for node in range(1, len(sums)):
             sums[node] += sums[self.parents[node]]
         return torch.tensor(sums, dtype=torch.float64)[self.ends]
+
+
+def _log_softmax_by_group(values: Tensor, groups: Tensor, n_groups: int) -> Tensor:
+    """log softmax of float32 `values` [n] among those with the same number in `groups` [n]."""
+    highest = torch.full((n_groups,), -torch.inf, device=values.device).scatter_reduce(0, groups, values, "amax")
+    shifted = values - highest[groups]
+    return shifted - torch.zeros_like(highest).index_add(0, groups, shifted.exp()).log()[groups]
 
 
 def _ancestor_mask(parents: list[int], n_prompt: int, dtype: torch.dtype) -> Tensor:

@@ -12,10 +12,13 @@ from llmrec_lib.baselines import BASELINES, train
 from llmrec_lib.datasets import load_folder
 from llmrec_lib.evaluation.evaluate import evaluate
 from llmrec_lib.fusion import HybridFusion, ParallelFusion, SequentialFusion
+from llmrec_lib.language_models.backbone import train_backbone
+from llmrec_lib.llm_based import TitleLikelihoodRecommender, catalogue_likelihood
 from llmrec_lib.prs_based import UserTextRecommender, text_similarity
 from llmrec_lib.recommender import ItemSimilarityRecommender, Recommender, ScoreTable
 from llmrec_lib.splits import split
 from tests.checkerboard import write_checkerboard
+from tests.unit.tiny_models import tiny_llama, tiny_tokenizer
 
 SHORT = {"bpr": 120, "lightgcn": 20, "gru4rec": 6, "sasrec": 9, "fm": 60}  # epochs
 USERS = torch.tensor([5, 1, 24, 2, 13, 8, 7])  # in no order
@@ -57,6 +60,17 @@ def text(parts):
     return text_similarity(parts, item_embeddings(parts.dataset), neighbours=7)
 
 
+def backbone(parts):
+    model = tiny_llama(), None
+    settings = {"n_layers": 1, "epochs": 20, "eval_step": 5, "learning_rate": 0.005, "train_batch_size": 8}
+    return train_backbone(parts, item_embeddings(parts.dataset), model, progress=False, **settings)
+
+
+def likelihood(parts, **rule):
+    scorer = catalogue_likelihood(parts, (tiny_llama(), tiny_tokenizer()), dtype="float32")
+    return TitleLikelihoodRecommender(parts, scorer, progress=False, **rule)
+
+
 def arms(parts):
     return [train("ease", parts), text(parts)]
 
@@ -72,6 +86,9 @@ FACTORIES = {
     "user text": lambda parts: UserTextRecommender(
         parts, user_embeddings(parts), item_embeddings(parts.dataset), 5, 0.1
     ),
+    "backbone": backbone,
+    "likelihood": likelihood,
+    "likelihood, prior": lambda parts: likelihood(parts, rule="prior_corrected", prior_weight=0.5, over="catalogue"),
     "table": lambda parts: ScoreTable(train("ease", parts), range(1, parts.dataset.n_users), batch_size=5),
     **{
         f"parallel {rule}": lambda parts, rule=rule: ParallelFusion(arms(parts), rule)
@@ -233,7 +250,7 @@ class TestContract:
             assert judged.mean("recall@5") == 1.0
 
 
-@pytest.mark.parametrize("name", ["bpr", "lightgcn", "gru4rec", "sasrec", "fm"])
+@pytest.mark.parametrize("name", ["bpr", "lightgcn", "gru4rec", "sasrec", "fm", "backbone"])
 def test_a_short_training_beats_popularity(built, name, checkerboard_split):
     learned, popular = (evaluate(built(method), checkerboard_split, "valid", ks=(3,)) for method in (name, "pop"))
     assert learned.mean("ndcg@3") > popular.mean("ndcg@3") + 0.15

@@ -99,6 +99,34 @@ def test_probabilities_of_all_one_token_titles_add_up_to_one(tokenizer):
     assert scorer.log_likelihood(PROMPT).sum.exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.parametrize("model", [pytest.param(m, id=n) for n, m, _ in other_models()])
+def test_over_the_catalogue_equals_the_naive_loop_and_adds_up_to_one(tokenizer, model):
+    scorer = make(model, tokenizer, chunk_tokens=5)
+    scores = scorer.log_likelihood(PROMPT, over="catalogue").sum
+    torch.testing.assert_close(
+        scores, naive_log_likelihood(scorer, PROMPT, batch_size=4, over="catalogue").sum, atol=2e-4, rtol=0
+    )
+    distinct = [TITLES.index(title) for title in dict.fromkeys(TITLES)]
+    assert scores[distinct].exp().sum().item() == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(scorer.prior("catalogue").sum, scorer.log_likelihood("", over="catalogue").sum)
+
+
+def test_over_the_catalogue_reads_only_what_decides(tokenizer):
+    """Behind the last fork every token is certain: of these three titles, only the common beginning of two is read."""
+    scorer = make(tiny_llama(), tokenizer, ["night of the toy", "night of the alien of the night", "a b c d e f g"])
+    read = []
+    scorer.model.model.register_forward_hook(
+        lambda module, _, keywords, __: read.append(keywords["input_ids"].shape[1]), with_kwargs=True
+    )
+    scorer.log_likelihood("x", over="catalogue")
+    n_prompt = len(scorer.prompt_tokens("x"))
+    shared = [a == b for a, b in zip(scorer.title_tokens[0], scorer.title_tokens[1], strict=False)].index(False)
+    assert shared > 2
+    assert read == [n_prompt, shared]
+    with pytest.raises(ValueError, match="over is 'items'"):
+        scorer.log_likelihood("x", over="items")
+
+
 def test_equal_titles_get_equal_scores_and_order_does_not_matter(tokenizer):
     model = tiny_llama()
     scores = make(model, tokenizer).log_likelihood(PROMPT).sum
@@ -152,16 +180,16 @@ def test_catalogue_scores_are_kept_prompt_by_prompt(tokenizer, tmp_path, monkeyp
     prompts = [f"prompt {i};" for i in range(4)]
     real, calls = scorer.log_likelihood, []
 
-    def counted(prompt, stop=2):
+    def counted(prompt, over, stop=2):
         if len(calls) == stop:
             raise KeyboardInterrupt
         calls.append(prompt)
-        return real(prompt)
+        return real(prompt, over)
 
     monkeypatch.setattr(scorer, "log_likelihood", counted)
     with pytest.raises(KeyboardInterrupt):
         scorer.score_catalogue(prompts, progress=False)
-    monkeypatch.setattr(scorer, "log_likelihood", lambda prompt: counted(prompt, stop=99))
+    monkeypatch.setattr(scorer, "log_likelihood", lambda prompt, over: counted(prompt, over, stop=99))
     scores = scorer.score_catalogue(prompts, progress=False)
     assert len(calls) == 4
     assert torch.equal(scores, torch.stack([real(prompt).sum for prompt in prompts]))
@@ -195,7 +223,7 @@ def test_chunks_cover_the_tree_and_know_all_ancestors(titles, size):
     ones[0] = 0
     assert tree.path_sums(ones).tolist() == [len(title) for title in titles]
     fresh = []
-    for nodes, parents, n_repeated in tree.chunks(size):
+    for nodes, parents, n_repeated in tree.chunks(size, tree.inner):
         fresh += nodes[n_repeated:].tolist()
         assert len(nodes) <= max(size, n_repeated + 1)
         visible = _ancestor_mask(parents, 2, torch.float32) == 0

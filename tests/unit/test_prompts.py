@@ -10,6 +10,7 @@ import pytest
 from llmrec_lib.datasets import load_dataset
 from llmrec_lib.prompts import (
     TEMPLATES,
+    StatedNeeds,
     Template,
     clean_text,
     fit_history,
@@ -128,3 +129,28 @@ def test_a_target_in_a_prompt_is_an_error(checkerboard, monkeypatch):
     monkeypatch.setattr(type(checkerboard), "histories", lambda *_: [np.asarray(t, dtype=np.int64) for t in targets])
     with pytest.raises(LeakError, match="prompt history"):
         user_prompts(checkerboard, users, "test")
+
+
+def test_a_need_is_a_word_of_a_target_and_fits_the_items_that_have_it(checkerboard):
+    needs = StatedNeeds(checkerboard, min_items=4)
+    assert (needs.column, needs.words) == ("genre", ["even", "odd", ""])
+    users = np.array([3, 1, 8])  # internal ids: "u2", "u0", "u7"
+    assert needs.texts(users, "test") == ["even", "even", "odd"]
+    items = checkerboard.dataset.items["genre"].to_numpy()
+    assert np.array_equal(needs.fitting(users, "test"), [items == "even", items == "even", items == "odd"])
+    assert needs.texts([0], "valid") == [""]  # PAD takes nothing
+    assert not needs.fitting([0], "valid").any()
+    assert StatedNeeds(checkerboard, "title", min_items=9).words == [""]  # "story" is in all titles
+    with pytest.raises(ValueError, match="no item column 'colour'; there are .*genre"):
+        StatedNeeds(checkerboard, "colour")
+
+
+def test_needs_differ_by_seed_and_not_by_call(ml100k_split):
+    users = ml100k_split.eval_users("valid")
+    texts = [StatedNeeds(ml100k_split, seed=seed).texts(users, "valid") for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    fitting = StatedNeeds(ml100k_split).fitting(users, "valid")
+    hit = (ml100k_split.targets("valid")[users].toarray() > 0) & fitting
+    stated = np.array([text != "" for text in texts[0]])
+    assert stated.mean() > 0.9
+    assert (hit.any(axis=1) == stated).all()  # the word is true of at least one item that is taken next

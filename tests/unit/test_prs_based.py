@@ -8,7 +8,8 @@ import torch
 
 from llmrec_lib.baselines import keep_neighbours
 from llmrec_lib.evaluation.evaluate import mask_seen, tie_order, top_k
-from llmrec_lib.prs_based import UserTextRecommender, embed_items, embed_users, text_similarity
+from llmrec_lib.prompts import StatedNeeds
+from llmrec_lib.prs_based import NeedFilter, UserTextRecommender, embed_items, embed_users, text_similarity
 
 USERS = torch.arange(1, 25)
 
@@ -121,3 +122,14 @@ def test_users_are_embedded_from_what_the_phase_knows(checkerboard_split):
             target = int(checkerboard_split.targets(phase)[user].indices[0])
             assert titles[target] not in text or any(titles[target] in titles[item] for item in known)
             assert quoted <= known
+
+
+def test_a_need_puts_fitting_items_first_and_keeps_both_orders(checkerboard_split, vectors):
+    arm = UserTextRecommender(checkerboard_split, *vectors)
+    needs = StatedNeeds(checkerboard_split, min_items=4)
+    filtered, plain = NeedFilter(arm, needs).score(USERS), arm.score(USERS)
+    for row, fits in enumerate(torch.from_numpy(needs.fitting(USERS, "test"))):
+        order = filtered[row].argsort(descending=True)
+        assert fits[order].tolist() == sorted(fits.tolist(), reverse=True)
+        before = plain[row].argsort(descending=True)
+        assert order.tolist() == [*before[fits[before]].tolist(), *before[~fits[before]].tolist()]

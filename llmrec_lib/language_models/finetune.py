@@ -1,0 +1,584 @@
+"""Continued training of a causal language model on the study's own texts: the training part's histories, as titles."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
+from tqdm import tqdm
+
+from llmrec_lib.cache import atomic_write, cache_dir, cached_tensors, content_key
+from llmrec_lib.language_models import catalog
+from llmrec_lib.language_models.encoder import choose_device, choose_dtype, first_token, pad_right
+from llmrec_lib.language_models.likelihood import TitleLikelihood, _Tree
+from llmrec_lib.prompts import Template, get_template, item_titles, render
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmrec_lib.splits import Split
+
+OBJECTIVES, METHODS = ("catalogue", "tokens"), ("full", "lora")
+CHECKPOINT_SECONDS = 60.0  # between checkpoints; more where writing one would take over 5 % of the time
+HEAD_ROWS = 512  # predictions per product with the output embedding, which bounds the memory of the logits
+LORA_SCALE = 2.0  # alpha / r of Hu et al. 2021
+WEIGHT_DECAY, CLIP, WARM_UP = 0.01, 1.0, 0.1
+_GROUP = 32  # batches that are made together of windows of similar length
+_NONE, _TEXT, _TOKEN = -1, -2, -3  # at a position, in the place of a node: no loss, a description's token, a title's
+Window = tuple[list[int], list[int], int]  # token ids; for each, the node whose children may follow; titles to predict
+
+
+@dataclass
+class FineTuned:
+    """A fine-tuned model and the record of its training.
+
+    `model` is float32 and in evaluation mode, adapters merged: ``(model, tokenizer)`` is what `TitleLikelihood` takes,
+    ``(model.base_model, tokenizer)`` what `TextEncoder` takes. Both move it to their own dtype in place.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    curve: pd.DataFrame
+    """One row per step: step, epoch (1.5: half of the second is done), tokens and seconds so far (seconds of training
+    alone), loss of the batch before the step and valid_loss after it (both nats per title), valid_ndcg after it. NaN where
+    not measured. Row 0 is the model before the first step, if validation was asked for."""
+    tokens_per_second: float
+    """Tokens of the windows, without padding, per second of training."""
+    share_of_roof: float
+    """Model FLOPs per second of training / FLOPs per second of a square matrix product in the same dtype, best of eight,
+    timed when training ended. A multiply-add is 2 FLOPs. With N weights in the matrices of the layers, A in adapters and
+    T trained in either, a token counts 4 (N + A) + 2 T (forward, gradient of inputs, gradient of what is trained), a
+    prediction 4 d V, with width d and V rows of the output embedding. Attention products and padding are not counted."""
+    adapter: dict[str, Tensor] | None
+    """Method "lora": bfloat16 A [rank, inputs] and B [outputs, rank] of each matrix; the model is merged from just these."""
+    settings: dict[str, Any]
+
+    def save_adapter(self, path: str | Path) -> None:
+        """Write the adapter as safetensors; rank, settings and the hash of the base weights are in its metadata."""
+        if self.adapter is None:
+            raise ValueError(f"method {self.settings['method']!r} makes no adapter; only 'lora' does")
+        with atomic_write(path) as temporary:
+            save_file(self.adapter, temporary, metadata={"settings": json.dumps(self.settings)})
+
+
+def load_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
+    """A float32 copy of a base model with a saved adapter merged into it, cut to its `n_layers`.
+
+    Raises ValueError if the base weights (in float32) are not those that the adapter was trained on.
+    """
+    with safe_open(path, "pt") as file:
+        settings = json.loads((file.metadata() or {}).get("settings", "{}"))
+        adapter = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if "base" not in settings:
+        raise ValueError(f"{path} is not an adapter of save_adapter: its metadata lacks the settings")
+    base = _base_model(model, settings["n_layers"], settings["pretrained"], settings["seed"])
+    if content_key(dict(base.state_dict())) != settings["base"]:
+        raise ValueError(f"{path} was trained on other weights than these: load {settings['llm']!r} in float32")
+    _trainable(base, "lora", settings["rank"], settings["seed"])
+    base.load_state_dict(adapter, strict=False)
+    return _merged(base)
+
+
+def finetune(
+    split: Split,
+    llm: str | tuple[PreTrainedModel, PreTrainedTokenizerBase] = "smollm2-135m",
+    *,
+    template: str | Template = "history",
+    objective: str = "catalogue",
+    method: str = "full",
+    rank: int = 16,
+    n_layers: int | None = None,
+    pretrained: bool = True,
+    titles: Sequence[str] | None = None,
+    descriptions: bool = False,
+    epochs: int = 1,
+    learning_rate: float = 5e-4,
+    window_tokens: int = 256,
+    batch_tokens: int = 2048,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+    valid_users: int = 0,
+    valid_every: int | None = None,
+    validate: Callable[[PreTrainedModel, PreTrainedTokenizerBase], float] | None = None,
+    progress: bool = True,
+) -> FineTuned:
+    """Continue the training of a causal language model on the titles that each user chose in the training part.
+
+    The text of a user is what prompts of `template` say, the titles spelled and tokenised as `TitleLikelihood` scores
+    them: "A user chose these items, from oldest to newest: Alien; Aliens;". It is cut into windows between titles, each
+    of which begins with the words before the titles. Where the cuts fall is drawn anew in each epoch, and each training
+    event is predicted once per epoch. AdamW, learning rate up for 10 % of the training and down along a cosine.
+
+    The result is kept below ``cache_dir()/finetuned``. A training that was cut off, even by SIGKILL, goes on from its last
+    checkpoint when called again, and gives the same weights on the CPU with the same number of threads.
+
+    Parameters
+    ----------
+    llm : str or (model, tokenizer)
+        A name for `catalog.fetch`, or a loaded model, of which a copy is trained.
+    template : str or Template
+        Its text must end with {history} and have no other field.
+    objective : {"catalogue", "tokens"}
+        "tokens": −log p of each token of a title among all tokens. "catalogue": only among the tokens that can follow in
+        a title of the catalogue, which makes exp(−loss) a distribution over its distinct titles; tokens without an
+        alternative cost nothing. (Titles that were cut to half the context can break the former: one may begin another.)
+    method : {"full", "lora"}
+        "full": all weights but embeddings and head. "lora": W + 2 B A beside each matrix of attention and MLP.
+        Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
+    rank : int
+        Rows of A, for "lora".
+    n_layers : int, optional
+        Keep only the first so many Transformer layers.
+    pretrained : bool
+        False: the same architecture from random weights (control).
+    titles : sequence of str [n_items], optional
+        Instead of the data set's; shuffled among the items, for example (control). Item 0 is PAD.
+    descriptions : bool
+        Read ``dataset.item_text`` of each item with a training event as well, once per epoch, with objective "tokens".
+    window_tokens, batch_tokens : int
+        Longest window, and padded tokens per step.
+    dtype, device : str
+        See `choose_dtype` and `choose_device`. bfloat16 is autocast: weights and moments stay float32.
+    valid_users : int
+        Users whose validation events, each given the training history, make valid_loss; 0 for none.
+    valid_every : int, optional
+        Validate every so many steps and at the end; by default after each epoch.
+    validate : callable, optional
+        (model, tokenizer) -> NDCG for the curve, called at the same times with a copy of the model. As it cannot change
+        the weights, a stored result is returned whatever function made its curve.
+
+    Raises
+    ------
+    LeakError
+        If a validation or test event is among the texts.
+    ValueError
+        Names the parameter and what it may be.
+    """
+    settings = {n: v for n, v in locals().items() if v is None or isinstance(v, str | int | float)}  # all that is plain
+    template = get_template(template)
+    titles = split.dataset.titles if titles is None else list(titles)
+    n_items = split.dataset.n_items
+    for wrong, message in (
+        (objective not in OBJECTIVES, f"objective {objective!r} must be one of {', '.join(map(repr, OBJECTIVES))}"),
+        (method not in METHODS, f"method {method!r} must be one of {', '.join(map(repr, METHODS))}"),
+        (rank < 1, f"rank is {rank}; it must be 1 or more"),
+        (epochs < 1, f"epochs is {epochs}; it must be 1 or more"),
+        (valid_every is not None and valid_every < 1, f"valid_every is {valid_every}; it must be 1 or more"),
+        (valid_users < 0, f"valid_users is {valid_users}; it must be 0 or more"),
+        (not 0 < learning_rate < math.inf, f"learning_rate is {learning_rate}; it must be more than 0"),
+        (
+            batch_tokens < window_tokens,
+            f"batch_tokens is {batch_tokens}; it must be at least window_tokens, {window_tokens}",
+        ),
+        (len(titles) != n_items, f"titles has {len(titles)} entries for {n_items} items (item 0 is PAD)"),
+        (
+            not template.text.endswith("{history}") or template.text.count("{") != 1,
+            f"template {template.name!r} must end with {{history}} and have no other field",
+        ),
+    ):
+        if wrong:
+            raise ValueError(message)
+    on_device = choose_device(device)
+    computed_in = choose_dtype(dtype, on_device)
+    loaded, tokenizer = catalog.load_causal(llm) if isinstance(llm, str) else llm
+    model = _base_model(loaded, n_layers, pretrained, seed).to(on_device)
+    del settings["progress"]
+    settings |= {"dtype": str(computed_in), "device": on_device.type, "validate": validate is not None}
+    settings |= {"llm": llm if isinstance(llm, str) else type(model).__name__, "template": template.name}
+    settings["base"] = content_key(dict(model.state_dict()))
+    scorer = _Scorer(model, tokenizer, item_titles(titles, template)[1:], template.suffix, on_device)
+    texts = _Texts(split, scorer, template, objective, window_tokens, descriptions)
+    made_of = (catalog.weights_hash(model), split.fingerprint, scorer.title_tokens, texts.preamble, texts.descriptions)
+    key = content_key(settings, *made_of, torch.__version__, sys.modules[__name__])
+    checkpoint = cache_dir() / "finetuned" / key / "checkpoint.safetensors"
+    trainable = _trainable(model, method, rank, seed)
+
+    def compute() -> dict[str, Tensor]:
+        head = _Head(scorer, computed_in)
+        windows = texts.validation(split, valid_users) if valid_users else []
+        valid_batches = list(_batched(windows, batch_tokens))
+
+        def measure() -> tuple[float, float]:
+            nats = sum(_loss(model, head, batch, computed_in, train=False)[0] for batch in valid_batches)
+            # A copy, because whoever scores with the model may move it to another dtype.
+            ndcg = float(validate(_merged(copy.deepcopy(model)), tokenizer)) if validate else math.nan
+            return nats / len(windows) if windows else math.nan, ndcg
+
+        asked = measure if windows or validate else None
+        report = _train(model, head, trainable, texts, settings, checkpoint, computed_in, asked, progress)
+        report["roof"] = _gemm_rate(computed_in, on_device)
+        kept = torch.bfloat16 if method == "lora" else torch.float32
+        weights = {name: parameter.detach().to(kept) for name, parameter in trainable.items()}
+        return {**weights, "report": torch.tensor(list(json.dumps(report).encode()), dtype=torch.uint8)}
+
+    stored = cached_tensors("finetuned", key, compute)
+    shutil.rmtree(checkpoint.parent, ignore_errors=True)
+    report = json.loads(bytes(stored.pop("report").tolist()))
+    model.load_state_dict(stored, strict=False)
+    return FineTuned(
+        model=_merged(model).requires_grad_(False),
+        tokenizer=tokenizer,
+        curve=pd.DataFrame(report["curve"], columns=_CURVE),
+        tokens_per_second=report["tokens"] / report["seconds"],
+        share_of_roof=report["flops"] / report["seconds"] / report["roof"],
+        adapter=stored if method == "lora" else None,
+        settings=settings,
+    )
+
+
+# The model: what is kept of it, what is trained in it
+
+
+def _base_model(model: PreTrainedModel, n_layers: int | None, pretrained: bool, seed: int) -> PreTrainedModel:
+    if pretrained:
+        model = copy.deepcopy(model)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = type(model)(copy.deepcopy(model.config))
+    layers = _layers(model)
+    if n_layers is not None:
+        if not 1 <= n_layers <= len(layers):
+            raise ValueError(f"n_layers is {n_layers}; it must lie in 1..{len(layers)}, the layers of this model")
+        del layers[n_layers:]
+        model.config.num_hidden_layers = n_layers
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = model.config.layer_types[:n_layers]
+    return model.float().eval()  # evaluation mode also while training: no dropout
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"llm: {type(model).__name__} has no list of layers (nn.ModuleList) to train")
+    return max(lists, key=len)
+
+
+def _matrices(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, which keeps its weight transposed
+
+    return [(name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear | Conv1D)]
+
+
+class _LowRank(nn.Module):
+    def __init__(self, base: nn.Module, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.base, self.is_linear = base, isinstance(base, nn.Linear)
+        outputs, inputs = base.weight.shape if self.is_linear else base.weight.shape[::-1]
+        a = (2 * torch.rand(rank, inputs, generator=generator) - 1) / math.sqrt(inputs)
+        self.A = nn.Parameter(a.to(base.weight.device))
+        self.B = nn.Parameter(torch.zeros(outputs, rank, device=base.weight.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + LORA_SCALE * linear(linear(x, self.A), self.B)
+
+    @torch.no_grad()
+    def merge(self) -> nn.Module:
+        added = LORA_SCALE * self.B @ self.A
+        self.base.weight += added if self.is_linear else added.T
+        return self.base
+
+
+def _trainable(model: PreTrainedModel, method: str, rank: int, seed: int) -> dict[str, nn.Parameter]:
+    """Prepare the model for training in place; the parameters that will be trained, by name."""
+    model.requires_grad_(method == "full")
+    for module in (*(m for m in model.modules() if isinstance(m, nn.Embedding)), model.get_output_embeddings()):
+        if module is not None:
+            module.requires_grad_(False)
+    if method == "lora":
+        layers, generator = _layers(model), torch.Generator().manual_seed(seed)
+        for name, matrix in _matrices(layers):
+            layers.set_submodule(name, _LowRank(matrix, rank, generator))
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _merged(model: PreTrainedModel) -> PreTrainedModel:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, _LowRank):
+            model.set_submodule(name, module.merge())
+    return model
+
+
+# The texts
+
+
+class _Scorer(TitleLikelihood):
+    """Tokens and tree of the titles exactly as they are scored later, without moving or trying the model."""
+
+    def __init__(self, model: Any, tokenizer: Any, titles: list[str], suffix: str, device: torch.device) -> None:
+        self.model, self.tokenizer, self.titles, self.suffix, self.device = model, tokenizer, titles, suffix, device
+        config = model.config
+        self.context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        self.title_tokens = self._tokenize_titles()
+        self.n_tokens = torch.tensor([len(tokens) for tokens in self.title_tokens])
+        self._tree = _Tree(self.title_tokens)
+
+
+class _Texts:
+    """Windows and batches; those of an epoch depend on the seed and the number of the epoch alone."""
+
+    def __init__(
+        self, split: Split, scorer: _Scorer, template: Template, objective: str, window_tokens: int, descriptions: bool
+    ) -> None:
+        users, items = split.pairs("train")
+        split.guard(users, items, "train", "fine-tuning texts")
+        self.histories = np.split(items, np.flatnonzero(np.diff(users)) + 1)  # oldest first
+        self.template, self.window_tokens = template, window_tokens
+        self.preamble = scorer.prompt_tokens(render(template, []))
+        self.tokens = [[], *scorer.title_tokens]  # of item 0, PAD, nothing
+        self.nodes = [[], *(_path(scorer._tree, end, objective) for end in scorer._tree.ends.tolist())]
+        least = len(self.preamble) + max(map(len, self.tokens))
+        if not least <= window_tokens <= (scorer.context or math.inf):
+            most = f"{scorer.context}, the model's context" if scorer.context else "any number"
+            raise ValueError(f"window_tokens is {window_tokens}; it must lie in {least} (longest title) to {most}")
+        self.room = window_tokens - len(self.preamble)
+        self.descriptions: list[list[int]] = []
+        if descriptions:
+            texts = [split.dataset.item_text[item] for item in np.unique(items)]
+            first = first_token(scorer.tokenizer)
+            rows = scorer.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            self.descriptions = [[first, *row[: window_tokens - 1]] for row in rows if row]
+
+    def window(self, items: Sequence[int], n_read: int = 0) -> Window:
+        """The titles of these items; the first `n_read` are read and not predicted."""
+        ids, nodes = list(self.preamble), [_NONE] * (len(self.preamble) - 1)
+        for place, item in enumerate(items):
+            ids += self.tokens[item]
+            nodes += self.nodes[item] if place >= n_read else [_NONE] * len(self.tokens[item])
+        return ids, [*nodes, _NONE], len(items) - n_read  # nothing follows the last token
+
+    def windows(self, rng: np.random.Generator) -> list[Window]:
+        """All windows of an epoch. Only histories that do not fit are cut, the first time anywhere, then where full."""
+        windows: list[Window] = []
+        for history in self.histories:
+            sizes = [len(self.tokens[item]) for item in history]
+            room = int(rng.integers(1, self.room + 1)) if sum(sizes) > self.room else self.room
+            start = used = 0
+            for place, size in enumerate(sizes):
+                if place > start and used + size > room:
+                    windows.append(self.window(history[start:place]))
+                    start, used, room = place, 0, self.room
+                used += size
+            windows.append(self.window(history[start:]))
+        return windows + [(ids, [_TEXT] * (len(ids) - 1) + [_NONE], 0) for ids in self.descriptions]
+
+    def batches(self, seed: int, epoch: int, batch_tokens: int) -> list[list[Window]]:
+        rng = np.random.default_rng([seed, epoch])
+        windows = self.windows(rng)
+        order = rng.permutation(len(windows))
+        size = _GROUP * max(1, batch_tokens // self.window_tokens)
+        batches: list[list[Window]] = []
+        for start in range(0, len(order), size):
+            batches += _batched([windows[place] for place in order[start : start + size]], batch_tokens)
+        return [batches[place] for place in rng.permutation(len(batches))]
+
+    def validation(self, split: Split, n_users: int) -> list[Window]:
+        """For each validation event its title after the newest titles of the training history that fit."""
+        users = split.eval_users("valid", n_users)
+        histories = split.histories(users, "valid")
+        owners = np.repeat(users, [len(history) for history in histories])
+        split.guard(owners, np.concatenate([[], *histories]), "valid", "fine-tuning validation prompts")
+        windows = []
+        for user, history in zip(users, histories, strict=True):
+            for item in split.targets("valid")[user].indices:
+                newest = list(history[max(0, len(history) - self.template.max_items) :])
+                while sum(len(self.tokens[each]) for each in (*newest, item)) > self.room:
+                    newest.pop(0)
+                windows.append(self.window([*newest, item], n_read=len(newest)))
+        return windows
+
+
+def _path(tree: _Tree, end: int, objective: str) -> list[int]:
+    """At which node each token of a title is chosen; _NONE where the catalogue leaves no choice."""
+    nodes = []
+    while end:
+        end = tree.parents[end]
+        nodes.append(_TOKEN if objective == "tokens" else end if len(tree.children[end]) > 1 else _NONE)
+    return nodes[::-1]
+
+
+def _batched(windows: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
+    """Windows of similar length, the longest first, with at most `batch_tokens` tokens when padded."""
+    windows = sorted(windows, key=lambda window: -len(window[0]))
+    while windows:
+        size = max(1, batch_tokens // len(windows[0][0]))
+        yield windows[:size]
+        windows = windows[size:]
+
+
+# The loss
+
+
+class _Head:
+    """−log p of the next token: among all tokens, or among the children of a node of the catalogue's tree."""
+
+    def __init__(self, scorer: _Scorer, dtype: torch.dtype) -> None:
+        children = scorer._tree.children
+        flat = scorer._tree.tokens[[child for ids in children for child in ids]]
+        self.counts = torch.tensor([len(ids) for ids in children], device=scorer.device)
+        self.starts = self.counts.cumsum(0) - self.counts
+        self.vocabulary, self.columns = flat.to(scorer.device).unique(return_inverse=True)
+        self.plain = scorer._has_plain_head()  # else the model makes its own logits, of all tokens
+        config = scorer.model.config.get_text_config()
+        self.sizes = config.hidden_size, len(self.vocabulary), config.vocab_size
+        if self.plain:
+            output = scorer.model.get_output_embeddings()
+            bias = getattr(output, "bias", None)
+            self.all = output.weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+            self.some = self.all[0][self.vocabulary], None if bias is None else self.all[1][self.vocabulary]
+
+    def nats(self, states: Tensor, nodes: Tensor, targets: Tensor) -> Tensor:
+        """[n] for hidden states or logits [n, width], at nodes that are all in the tree or all not."""
+        if nodes[0] < 0:
+            logits = linear(states, *self.all) if self.plain else states
+            return cross_entropy(logits.float(), targets, reduction="none")
+        logits = (linear(states, *self.some) if self.plain else states[:, self.vocabulary]).float()
+        counts = self.counts[nodes]
+        rows = torch.arange(len(nodes), device=nodes.device).repeat_interleave(counts)
+        first = (self.starts[nodes] - (counts.cumsum(0) - counts)).repeat_interleave(counts)
+        excluded = torch.ones_like(logits, dtype=torch.bool)
+        excluded[rows, self.columns[first + torch.arange(len(rows), device=nodes.device)]] = False
+        chosen = torch.searchsorted(self.vocabulary, targets)
+        return cross_entropy(logits.masked_fill(excluded, -torch.inf), chosen, reduction="none")
+
+
+def _loss(model: nn.Module, head: _Head, batch: list[Window], dtype: torch.dtype, train: bool) -> tuple[float, float]:
+    """Nats of all titles of a batch, and the FLOPs of its head; with `train`, gradients of the mean per prediction."""
+    device = next(model.parameters()).device
+    tokens, _ = pad_right([ids for ids, _, _ in batch], device)  # a causal model needs no mask for what comes after
+    nodes = torch.full_like(tokens, _NONE)
+    for row, (_, own, _) in enumerate(batch):
+        nodes[row, : len(own)] = torch.tensor(own)
+    places = nodes != _NONE
+    targets, nodes = tokens.roll(-1, 1)[places], nodes[places]
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    autocast = torch.autocast(device.type, torch.bfloat16, dtype == torch.bfloat16)
+    with torch.set_grad_enabled(train):
+        with autocast:
+            outputs = (model.base_model if head.plain else model)(input_ids=tokens, use_cache=False)
+        states = (outputs.last_hidden_state if head.plain else outputs.logits)[places]
+        leaf = states.detach().requires_grad_(train)  # so that no more than a block of logits is ever kept
+        for group in ((nodes >= 0).nonzero()[:, 0], (nodes < 0).nonzero()[:, 0]):
+            for rows in group.split(HEAD_ROWS) if len(group) else ():
+                with autocast:
+                    nats = head.nats(leaf[rows], nodes[rows], targets[rows])
+                total += nats.detach()[nodes[rows] != _TEXT].double().sum()
+                if train:
+                    (nats.sum() / len(nodes)).backward()
+    if train and leaf.grad is not None:
+        states.backward(leaf.grad)
+    width, some, every = head.sizes
+    return total.item(), 4.0 * width * (int((nodes >= 0).sum()) * some + int((nodes < 0).sum()) * every)
+
+
+# The training
+
+_CURVE = ["step", "epoch", "tokens", "seconds", "loss", "valid_loss", "valid_ndcg"]
+
+
+def _train(
+    model: PreTrainedModel, head: _Head, trainable: dict[str, nn.Parameter], texts: _Texts, settings: dict[str, Any],
+    checkpoint: Path, dtype: torch.dtype, measure: Callable[[], tuple[float, float]] | None, progress: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Train from the checkpoint, or from the beginning, to the end; tokens, seconds, FLOPs and the curve."""
+    epochs, valid_every = settings["epochs"], settings["valid_every"]
+    optimizer = torch.optim.AdamW(trainable.values(), weight_decay=WEIGHT_DECAY, fused=True)
+    weights = [part.weight for _, part in _matrices(_layers(model))]
+    weights += trainable.values() if settings["method"] == "lora" else []
+    token_flops = sum((6 if weight.requires_grad else 4) * weight.numel() for weight in weights)
+    if (state := _load(checkpoint, trainable, optimizer)) is None:
+        state = {"epoch": 0, "batch": 0, "step": 0, "tokens": 0, "seconds": 0.0, "flops": 0.0, "curve": []}
+        state["curve"] += [[0, 0.0, 0, 0.0, math.nan, *measure()]] if measure else []
+    due = time.monotonic() + CHECKPOINT_SECONDS
+    for epoch in range(state["epoch"], epochs):
+        batches = texts.batches(settings["seed"], epoch, settings["batch_tokens"])
+        title = f"fine-tuning, epoch {epoch + 1} of {epochs}"
+        bar = tqdm(total=len(batches), initial=state["batch"], desc=title, unit="step", disable=not progress)
+        for batch in batches[state["batch"] :]:
+            begin = time.perf_counter()
+            optimizer.zero_grad()
+            nats, head_flops = _loss(model, head, batch, dtype, train=True)
+            nn.utils.clip_grad_norm_(trainable.values(), CLIP)
+            done = (
+                epoch + (state["batch"] + 0.5) / len(batches)
+            ) / epochs  # share of the training, halfway in this step
+            falling = (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
+            optimizer.param_groups[0]["lr"] = settings["learning_rate"] * min(done / WARM_UP, falling)
+            optimizer.step()
+            state["seconds"] += time.perf_counter() - begin
+            n_tokens, n_titles = sum(len(ids) for ids, _, _ in batch), sum(n for _, _, n in batch)
+            state["tokens"] += n_tokens
+            state["flops"] += head_flops + n_tokens * token_flops
+            state["step"] += 1
+            at = epoch + (state["batch"] + 1) / len(batches)
+            state["epoch"], state["batch"] = (epoch, state["batch"] + 1) if at < epoch + 1 else (epoch + 1, 0)
+            is_due = at == epochs or (state["step"] % valid_every if valid_every else state["batch"]) == 0
+            measured = measure() if measure and is_due else (math.nan, math.nan)
+            loss = nats / n_titles if n_titles else math.nan
+            state["curve"].append([state["step"], at, state["tokens"], state["seconds"], loss, *measured])
+            bar.set_postfix_str(f"{loss:.3f} nats, {state['tokens'] / state['seconds']:,.0f} tokens/s", refresh=False)
+            bar.update()
+            if time.monotonic() >= due or at == epochs:
+                due = time.monotonic() + max(CHECKPOINT_SECONDS, 20 * _save(checkpoint, trainable, optimizer, state))
+        bar.close()
+    return state
+
+
+def _save(path: Path, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict) -> float:
+    """Write the checkpoint; how many seconds that took."""
+    begin = time.monotonic()
+    tensors = {name: parameter.detach() for name, parameter in trainable.items()}
+    for name, parameter in trainable.items():
+        moments = optimizer.state.get(parameter, {})  # none for a weight that has had no gradient
+        tensors |= {f"{name} {moment}": value for moment, value in moments.items()}
+    with atomic_write(path) as temporary:
+        whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, temporary, metadata={"state": json.dumps(state)})
+    return time.monotonic() - begin
+
+
+def _load(path: Path, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict | None:
+    if not path.exists():
+        return None
+    try:
+        with torch.no_grad(), safe_open(path, "pt") as file:
+            for stored in file.keys():  # noqa: SIM118
+                name, _, moment = stored.partition(" ")
+                parameter, tensor = trainable[name], file.get_tensor(stored)
+                if moment:
+                    optimizer.state[parameter][moment] = tensor.to(parameter.device)
+                else:
+                    parameter.copy_(tensor)
+            return json.loads(file.metadata()["state"])
+    except SafetensorError as error:  # damaged from outside; it is written whole or not at all
+        warnings.warn(f"{path} cannot be read ({error}): training starts anew", stacklevel=2)
+        return None
+
+
+def _gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOPs per second of a square matrix product, best of eight."""
+    size = 1024 if device.type == "cpu" else 8192
+    matrix = torch.rand(size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    seconds = []
+    for _ in range(8):
+        begin = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - begin)
+    return 2 * size**3 / min(seconds)
