@@ -111,6 +111,7 @@ def finetune(
     learning_rate: float = 5e-4,
     window_tokens: int = 256,
     batch_tokens: int = 2048,
+    train_users: int = 0,
     seed: int = 0,
     dtype: str = "auto",
     device: str = "auto",
@@ -154,6 +155,8 @@ def finetune(
         Read ``dataset.item_text`` of each item with a training event as well, once per epoch, with objective "tokens".
     window_tokens, batch_tokens : int
         Longest window, and padded tokens per step.
+    train_users : int
+        Train on the histories of a sample of so many users; 0 for all.
     dtype, device : str
         See `choose_dtype` and `choose_device`. bfloat16 is autocast: weights and moments stay float32.
     valid_users : int
@@ -182,6 +185,7 @@ def finetune(
         (epochs < 1, f"epochs is {epochs}; it must be 1 or more"),
         (valid_every is not None and valid_every < 1, f"valid_every is {valid_every}; it must be 1 or more"),
         (valid_users < 0, f"valid_users is {valid_users}; it must be 0 or more"),
+        (train_users < 0, f"train_users is {train_users}; it must be 0 or more"),
         (not 0 < learning_rate < math.inf, f"learning_rate is {learning_rate}; it must be more than 0"),
         (
             batch_tokens < window_tokens,
@@ -204,7 +208,7 @@ def finetune(
     settings |= {"llm": llm if isinstance(llm, str) else type(model).__name__, "template": template.name}
     settings["base"] = content_key(dict(model.state_dict()))
     scorer = _Scorer(model, tokenizer, item_titles(titles, template)[1:], template.suffix, on_device)
-    texts = _Texts(split, scorer, template, objective, window_tokens, descriptions)
+    texts = _Texts(split, scorer, template, objective, window_tokens, descriptions, train_users)
     made_of = (catalog.weights_hash(model), split.fingerprint, scorer.title_tokens, texts.preamble, texts.descriptions)
     key = content_key(settings, *made_of, torch.__version__, sys.modules[__name__])
     checkpoint = cache_dir() / "finetuned" / key / "checkpoint.safetensors"
@@ -335,11 +339,21 @@ class _Texts:
     """Windows and batches; those of an epoch depend on the seed and the number of the epoch alone."""
 
     def __init__(
-        self, split: Split, scorer: _Scorer, template: Template, objective: str, window_tokens: int, descriptions: bool
+        self,
+        split: Split,
+        scorer: _Scorer,
+        template: Template,
+        objective: str,
+        window_tokens: int,
+        descriptions: bool,
+        train_users: int = 0,
     ) -> None:
         users, items = split.pairs("train")
         split.guard(users, items, "train", "fine-tuning texts")
         self.histories = np.split(items, np.flatnonzero(np.diff(users)) + 1)  # oldest first
+        if 0 < train_users < len(self.histories):
+            sample = np.random.default_rng(0).permutation(len(self.histories))[:train_users]
+            self.histories = [self.histories[place] for place in np.sort(sample)]
         self.template, self.window_tokens = template, window_tokens
         self.preamble = scorer.prompt_tokens(render(template, []))
         self.tokens = [[], *scorer.title_tokens]  # of item 0, PAD, nothing
