@@ -30,7 +30,7 @@ TUNING = ("frozen", "lora", "full")
 ITEM_INPUTS = ("text", "id", "text+id")
 DEFAULTS: dict[str, Any] = {
     "MAX_ITEM_LIST_LENGTH": 50,
-    "train_batch_size": 64,
+    "train_batch_size": 16,
     "learning_rate": 1e-3,  # of what is new: projections and tables
     "body_learning_rate": 1e-4,  # of the language model's weights, or of the adapters beside them
     "epochs": 20,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import operator
 import shutil
 import sys
 import time
@@ -174,6 +175,9 @@ def finetune(
     ValueError
         Names the parameter and what it may be.
     """
+    whole = (rank, epochs, window_tokens, batch_tokens, train_users, seed, valid_users)
+    rank, epochs, window_tokens, batch_tokens, train_users, seed, valid_users = map(operator.index, whole)
+    n_layers, valid_every = (None if n is None else operator.index(n) for n in (n_layers, valid_every))
     settings = {n: v for n, v in locals().items() if v is None or isinstance(v, str | int | float)}  # all that is plain
     template = get_template(template)
     titles = split.dataset.titles if titles is None else list(titles)

@@ -60,7 +60,9 @@ def prepare(split, model, tokenizer, objective="catalogue", window_tokens=96, de
     titles = other.get("titles") or item_titles(split.dataset.titles)[1:]
     scorer = module._Scorer(model, tokenizer, titles, ";", torch.device("cpu"))
     template = get_template("history")
-    return scorer, module._Texts(split, scorer, template, objective, window_tokens, descriptions)
+    return scorer, module._Texts(
+        split, scorer, template, objective, window_tokens, descriptions, other.get("train_users", 0)
+    )
 
 
 def events_of(windows, split, preamble, title_tokens):
@@ -419,6 +421,7 @@ def test_bfloat16_keeps_float32_weights(checkerboard_split, tokenizer):
         ({"rank": 0}, "rank is 0; it must be 1 or more"),
         ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
         ({"valid_every": 0}, "valid_every is 0; it must be 1 or more"),
+        ({"train_users": -1}, "train_users is -1; it must be 0 or more"),
         ({"valid_users": -1}, "valid_users is -1; it must be 0 or more"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be more than 0"),
         ({"n_layers": 3}, r"n_layers is 3; it must lie in 1\.\.2"),
@@ -432,3 +435,21 @@ def test_bfloat16_keeps_float32_weights(checkerboard_split, tokenizer):
 def test_bad_parameters(checkerboard_split, tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
         finetune(checkerboard_split, (tiny_llama(), tokenizer), **SMALL | options)
+
+
+def test_numpy_numbers_are_numbers(checkerboard_split, tokenizer):
+    """They come out of ranges and tables, and must be in the key of what is stored like any other number."""
+    options = {**SMALL, "method": "lora"}
+    two, three = (
+        finetune(checkerboard_split, (tiny_llama(), tokenizer), **{**options, "rank": np.int64(rank)})
+        for rank in (2, 3)
+    )
+    assert (two.settings["rank"], three.settings["rank"]) == (2, 3)
+    with pytest.raises(TypeError, match="integer"):
+        finetune(checkerboard_split, (tiny_llama(), tokenizer), **{**options, "epochs": 1.5})
+
+
+def test_a_sample_of_users_is_read(checkerboard_split, tokenizer):
+    whole, some = (prepare(checkerboard_split, tiny_llama(), tokenizer, train_users=n)[1].histories for n in (0, 5))
+    assert (len(whole), len(some)) == (24, 5)
+    assert all(any(np.array_equal(one, other) for other in whole) for one in some)
