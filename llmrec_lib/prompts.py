@@ -14,7 +14,6 @@ import scipy.sparse as sp
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
-    from transformers import PreTrainedTokenizerBase
 
     from llmrec_lib.splits import Split
 
@@ -94,27 +93,6 @@ def render(template: str | Template, history_titles: Sequence[str], profile: str
     return template.text.format(history=history, profile=profile, need=need).rstrip(" ")
 
 
-def fit_history(
-    titles: Sequence[str],
-    template: str | Template,
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int,
-    profile: str = "",
-    need: str = "",
-) -> list[str]:
-    """The newest titles with which the rendered prompt has at most `max_tokens` tokens; the oldest are dropped first."""
-    template = get_template(template)
-    kept = list(_newest(titles, template))
-    while (n_tokens := len(tokenizer(render(template, kept, profile, need))["input_ids"])) > max_tokens:
-        if not kept:
-            raise ValueError(
-                f"template {template.name!r} needs {n_tokens} tokens without any history, max_tokens is {max_tokens}; "
-                "shorten the profile or the need"
-            )
-        kept.pop(0)
-    return kept
-
-
 def user_prompts(
     split: Split,
     users: ArrayLike,
@@ -122,14 +100,11 @@ def user_prompts(
     template: str | Template = "history",
     titles: Sequence[str] | None = None,
     need: str | Sequence[str] = "",
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    max_tokens: int = 0,
 ) -> list[str]:
     """Prompts of users [n] from their histories in a phase ("train", "valid" or "test"), see `Split.histories`.
 
-    `titles` [n_items] are the data set's by default; `need` is one text for all users or one for each. With `tokenizer`
-    and `max_tokens`, old items are dropped until each prompt fits. Raises a LeakError if a prompt would contain a
-    held-out event of its user.
+    `titles` [n_items] are the data set's by default; `need` is one text for all users or one for each. Raises a
+    LeakError if a prompt would contain a held-out event of its user.
     """
     template = get_template(template)
     user_list = np.asarray(users, dtype=np.int64)
@@ -146,8 +121,6 @@ def user_prompts(
     prompts = []
     for user, history, stated in zip(user_list.tolist(), histories, needs, strict=True):
         history_titles = [titles[item] for item in history]
-        if tokenizer is not None and max_tokens:
-            history_titles = fit_history(history_titles, template, tokenizer, max_tokens, profiles[user], stated)
         prompts.append(render(template, history_titles, profiles[user], stated))
     return prompts
 

@@ -17,7 +17,7 @@ from torch import FloatTensor, LongTensor, Tensor, nn
 
 from llmrec_lib import _recbole
 from llmrec_lib.cache import cached_tensors, content_key
-from llmrec_lib.language_models import catalog
+from llmrec_lib.language_models import catalog, low_rank
 from llmrec_lib.language_models.encoder import choose_device, choose_dtype
 from llmrec_lib.recommender import RecBoleRecommender, Recommender
 
@@ -41,52 +41,6 @@ DEFAULTS: dict[str, Any] = {
     "loss_type": "CE",
     "all_positions": True,
 }
-
-
-class LowRank(nn.Module):
-    """A linear layer, left as it is, plus an update of low rank: ``base(x) + 2 B A x``; B is zero at first.
-
-    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", with α = 2 `rank`.
-
-    Parameters
-    ----------
-    base : nn.Linear or transformers' Conv1D (GPT-2)
-    rank : rows of A.
-    """
-
-    def __init__(self, base: nn.Module, rank: int) -> None:
-        super().__init__()
-        n_in, n_out = base.weight.shape[::-1] if isinstance(base, nn.Linear) else base.weight.shape
-        self.base = base
-        self.a = nn.Parameter(torch.randn(rank, n_in, device=base.weight.device) / n_in**0.5)
-        self.b = nn.Parameter(torch.zeros(n_out, rank, device=base.weight.device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + 2.0 * (x @ self.a.T) @ self.b.T
-
-
-def add_low_rank(body: nn.Module, rank: int) -> list[nn.Parameter]:
-    """Freeze a Transformer and put a `LowRank` in the place of each linear layer of its attention and MLP blocks.
-
-    Returns
-    -------
-    list of Parameter
-        The adapters' A and B, all that is trained.
-
-    Raises
-    ------
-    ValueError
-        `rank` is below 1.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    if rank < 1:
-        raise ValueError(f"rank is {rank}; an adapter needs at least 1")
-    body.requires_grad_(False)
-    linears = [(p, n, c) for p in body.modules() for n, c in p.named_children() if isinstance(c, nn.Linear | Conv1D)]
-    for parent, name, linear in linears:
-        setattr(parent, name, LowRank(linear, rank))
-    return [parameter for parameter in body.parameters() if parameter.requires_grad]
 
 
 def first_layers(model: PreTrainedModel, n_layers: int, pretrained: bool = True) -> tuple[PreTrainedModel, float]:
@@ -180,7 +134,7 @@ def model_class() -> type[nn.Module]:
             self.project = nn.Linear(width, size)
             self.item_embedding = ItemTable(self.n_items, size, texts, True)
             if config["tuning"] == "lora":
-                add_low_rank(self.body, config["rank"])
+                low_rank.add_low_rank(self.body, config["rank"])
             else:
                 self.body.requires_grad_(not self.frozen)
 

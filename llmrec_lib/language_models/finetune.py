@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy, linear
 from tqdm import tqdm
 
 from llmrec_lib.cache import atomic_write, cache_dir, cached_tensors, content_key
-from llmrec_lib.language_models import catalog
+from llmrec_lib.language_models import catalog, low_rank
 from llmrec_lib.language_models.encoder import choose_device, choose_dtype, first_token, pad_right
 from llmrec_lib.language_models.likelihood import TitleLikelihood, _Tree
 from llmrec_lib.prompts import Template, get_template, item_titles, render
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 OBJECTIVES, METHODS = ("catalogue", "tokens"), ("full", "lora")
 CHECKPOINT_SECONDS = 60.0  # between checkpoints; more where writing one would take over 5 % of the time
 HEAD_ROWS = 512  # predictions per product with the output embedding, which bounds the memory of the logits
-LORA_SCALE = 2.0  # alpha / r of Hu et al. 2021
 WEIGHT_DECAY, CLIP, WARM_UP = 0.01, 1.0, 0.1
 _GROUP = 32  # batches that are made together of windows of similar length
 _NONE, _TEXT, _TOKEN = -1, -2, -3  # at a position, in the place of a node: no loss, a description's token, a title's
@@ -93,7 +92,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
         raise ValueError(f"{path} was trained on other weights than these: load {settings['llm']!r} in float32")
     _trainable(base, "lora", settings["rank"], settings["seed"])
     base.load_state_dict(adapter, strict=False)
-    return _merged(base)
+    return low_rank.merge_low_rank(base)
 
 
 def finetune(
@@ -214,7 +213,7 @@ def finetune(
     scorer = _Scorer(model, tokenizer, item_titles(titles, template)[1:], template.suffix, on_device)
     texts = _Texts(split, scorer, template, objective, window_tokens, descriptions, train_users)
     made_of = (catalog.weights_hash(model), split.fingerprint, scorer.title_tokens, texts.preamble, texts.descriptions)
-    key = content_key(settings, *made_of, torch.__version__, sys.modules[__name__])
+    key = content_key(settings, *made_of, torch.__version__, sys.modules[__name__], low_rank)
     checkpoint = cache_dir() / "finetuned" / key / "checkpoint.safetensors"
     trainable = _trainable(model, method, rank, seed)
 
@@ -226,7 +225,7 @@ def finetune(
         def measure() -> tuple[float, float]:
             nats = sum(_loss(model, head, batch, computed_in, train=False)[0] for batch in valid_batches)
             # A copy, because whoever scores with the model may move it to another dtype.
-            ndcg = float(validate(_merged(copy.deepcopy(model)), tokenizer)) if validate else math.nan
+            ndcg = float(validate(low_rank.merge_low_rank(copy.deepcopy(model)), tokenizer)) if validate else math.nan
             return nats / len(windows) if windows else math.nan, ndcg
 
         asked = measure if windows or validate else None
@@ -241,7 +240,7 @@ def finetune(
     report = json.loads(bytes(stored.pop("report").tolist()))
     model.load_state_dict(stored, strict=False)
     return FineTuned(
-        model=_merged(model).requires_grad_(False),
+        model=low_rank.merge_low_rank(model).requires_grad_(False),
         tokenizer=tokenizer,
         curve=pd.DataFrame(report["curve"], columns=_CURVE),
         tokens_per_second=report["tokens"] / report["seconds"],
@@ -279,31 +278,6 @@ def _layers(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def _matrices(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, which keeps its weight transposed
-
-    return [(name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear | Conv1D)]
-
-
-class _LowRank(nn.Module):
-    def __init__(self, base: nn.Module, rank: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.base, self.is_linear = base, isinstance(base, nn.Linear)
-        outputs, inputs = base.weight.shape if self.is_linear else base.weight.shape[::-1]
-        a = (2 * torch.rand(rank, inputs, generator=generator) - 1) / math.sqrt(inputs)
-        self.A = nn.Parameter(a.to(base.weight.device))
-        self.B = nn.Parameter(torch.zeros(outputs, rank, device=base.weight.device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + LORA_SCALE * linear(linear(x, self.A), self.B)
-
-    @torch.no_grad()
-    def merge(self) -> nn.Module:
-        added = LORA_SCALE * self.B @ self.A
-        self.base.weight += added if self.is_linear else added.T
-        return self.base
-
-
 def _trainable(model: PreTrainedModel, method: str, rank: int, seed: int) -> dict[str, nn.Parameter]:
     """Prepare the model for training in place; the parameters that will be trained, by name."""
     model.requires_grad_(method == "full")
@@ -311,17 +285,8 @@ def _trainable(model: PreTrainedModel, method: str, rank: int, seed: int) -> dic
         if module is not None:
             module.requires_grad_(False)
     if method == "lora":
-        layers, generator = _layers(model), torch.Generator().manual_seed(seed)
-        for name, matrix in _matrices(layers):
-            layers.set_submodule(name, _LowRank(matrix, rank, generator))
+        low_rank.add_low_rank(_layers(model), rank, torch.Generator().manual_seed(seed))
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _merged(model: PreTrainedModel) -> PreTrainedModel:
-    for name, module in list(model.named_modules()):
-        if isinstance(module, _LowRank):
-            model.set_submodule(name, module.merge())
-    return model
 
 
 # The texts
@@ -518,7 +483,7 @@ def _train(
     """Train from the checkpoint, or from the beginning, to the end; tokens, seconds, FLOPs and the curve."""
     epochs, valid_every = settings["epochs"], settings["valid_every"]
     optimizer = torch.optim.AdamW(trainable.values(), weight_decay=WEIGHT_DECAY, fused=True)
-    weights = [part.weight for _, part in _matrices(_layers(model))]
+    weights = [part.weight for part in low_rank.matrices(_layers(model)).values()]
     weights += trainable.values() if settings["method"] == "lora" else []
     token_flops = sum((6 if weight.requires_grad else 4) * weight.numel() for weight in weights)
     if (state := _load(checkpoint, trainable, optimizer)) is None:
@@ -534,9 +499,7 @@ def _train(
             optimizer.zero_grad()
             nats, head_flops = _loss(model, head, batch, dtype, train=True)
             nn.utils.clip_grad_norm_(trainable.values(), CLIP)
-            done = (
-                epoch + (state["batch"] + 0.5) / len(batches)
-            ) / epochs  # share of the training, halfway in this step
+            done = (epoch + (state["batch"] + 0.5) / len(batches)) / epochs  # of the training, halfway in this step
             falling = (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
             optimizer.param_groups[0]["lr"] = settings["learning_rate"] * min(done / WARM_UP, falling)
             optimizer.step()

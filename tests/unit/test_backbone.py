@@ -11,7 +11,8 @@ from llmrec_lib import _recbole
 from llmrec_lib.baselines import train
 from llmrec_lib.evaluation import evaluate
 from llmrec_lib.language_models import backbone
-from llmrec_lib.language_models.backbone import DEFAULTS, LowRank, add_low_rank, first_layers, train_backbone
+from llmrec_lib.language_models.backbone import DEFAULTS, first_layers, train_backbone
+from llmrec_lib.language_models.low_rank import LowRank, add_low_rank
 from tests.contract.test_recommenders import item_embeddings
 from tests.unit.tiny_models import tiny_bert, tiny_llama
 

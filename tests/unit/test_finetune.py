@@ -223,7 +223,7 @@ def test_adapter_is_the_model(checkerboard_split, tokenizer, name, tmp_path):
     tuned = finetune(checkerboard_split, (model, tokenizer), method="lora", rank=3, epochs=2, n_layers=1, **SMALL)
     tuned.save_adapter(tmp_path / "a.safetensors")
     assert {tensor.dtype for tensor in tuned.adapter.values()} == {torch.bfloat16}
-    assert any(tensor.abs().max() > 0 for key, tensor in tuned.adapter.items() if key.endswith(".B"))
+    assert any(tensor.abs().max() > 0 for key, tensor in tuned.adapter.items() if key.endswith(".b"))
     loaded = load_adapter(model, tmp_path / "a.safetensors")
     assert torch.equal(loaded(ids).logits, tuned.model(ids).logits)
     assert {n for n, _ in loaded.named_parameters()} == {n for n, _ in tuned.model.named_parameters()}

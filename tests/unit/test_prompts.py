@@ -13,7 +13,6 @@ from llmrec_lib.prompts import (
     StatedNeeds,
     Template,
     clean_text,
-    fit_history,
     item_titles,
     natural_title,
     render,
@@ -21,13 +20,6 @@ from llmrec_lib.prompts import (
 )
 from llmrec_lib.splits import LeakError, split
 from tests.checkerboard import write_checkerboard
-
-
-class WordTokenizer:
-    """One token per word: token counts can be read off the text."""
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": list(range(len(text.split())))}
 
 
 @pytest.mark.parametrize(
@@ -81,16 +73,6 @@ def test_unknown_names_say_what_exists():
         Template("mine", "{history}", suffix=" ")
 
 
-def test_fit_history_drops_the_oldest():
-    titles = [f"title{i}" for i in range(10)]
-    frame = len(render("history", []).split())
-    assert fit_history(titles, "history", WordTokenizer(), frame + 3) == ["title7", "title8", "title9"]
-    assert fit_history(titles, "history", WordTokenizer(), frame) == []
-    assert fit_history(titles, "history", WordTokenizer(), 1000) == titles
-    with pytest.raises(ValueError, match=f"needs {frame} tokens"):
-        fit_history(titles, "history", WordTokenizer(), frame - 1)
-
-
 @pytest.fixture(scope="module")
 def checkerboard(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
@@ -108,15 +90,12 @@ def test_user_prompts_hold_exactly_the_readable_history(checkerboard):
     assert user_prompts(checkerboard, [], "test") == []
 
 
-def test_user_prompts_take_profiles_needs_and_a_budget(checkerboard):
+def test_user_prompts_take_profiles_and_needs(checkerboard):
     users = checkerboard.eval_users("test")[:2]
     assert "taste: " in user_prompts(checkerboard, users, "test", "profile_history")[0]
     first, second = user_prompts(checkerboard, users, "test", "need", need=["something odd", "something even"])
     assert "something odd" in first
     assert "something even" in second
-    frame = len(render("history", []).split())
-    short = user_prompts(checkerboard, users, "test", tokenizer=WordTokenizer(), max_tokens=frame + 3)
-    assert all(prompt.count(";") == 1 for prompt in short)
     with pytest.raises(ValueError, match="1 needs for 2 users"):
         user_prompts(checkerboard, users, "test", need=["one"])
     with pytest.raises(ValueError, match="2 titles for 17 items"):
