@@ -533,11 +533,13 @@ def judge(model: torch.nn.Module, split: Split, metrics: list[str], ks: list[int
         Gives ``"ndcg@10"`` -> value, in RecBole's lower-case names; rounded by RecBole to 10 decimals.
     """
     from recbole.data.dataloader import FullSortEvalDataLoader
+    from recbole.sampler import Sampler
 
     with contained(0):
         built = build("Pop", split, {"metrics": metrics, "topk": ks, "valid_metric": f"{metrics[0]}@{ks[0]}"}, 0)
         position = ("train", "valid", "test").index(model.phase)
-        sampler = _full_sampler(built, model.phase)
+        # RecBole's sampler knows which items a user has used up to a phase, and that is RecBole's mask.
+        sampler = Sampler(["train", "valid", "test"], built.datasets, "uniform", 1.0).set_phase(model.phase)
         loader = FullSortEvalDataLoader(built.config, built.datasets[position], sampler, shuffle=False)
         built.model = model
         trainer = make_trainer(built, "Pop", lambda: 0.0)
@@ -548,15 +550,3 @@ def judge(model: torch.nn.Module, split: Split, metrics: list[str], ks: list[int
             return dict(trainer.evaluate(loader, load_best_model=False))
 
     return evaluate_by_recbole
-
-
-def trainer_evaluate(model: torch.nn.Module, split: Split, metrics: list[str], ks: list[int]) -> dict[str, float]:
-    """What `judge` says."""
-    return judge(model, split, metrics, ks)()
-
-
-def _full_sampler(built: SimpleNamespace, phase: str) -> Any:
-    """RecBole's sampler: it knows which items a user has used up to `phase`, and that is RecBole's mask."""
-    from recbole.sampler import Sampler
-
-    return Sampler(["train", "valid", "test"], built.datasets, "uniform", 1.0).set_phase(phase)

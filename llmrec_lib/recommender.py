@@ -186,4 +186,4 @@ def evaluate_by_recbole(
     """
     from llmrec_lib import _recbole
 
-    return _recbole.trainer_evaluate(to_recbole(recommender, phase), recommender.split, list(metrics), list(ks))
+    return _recbole.judge(to_recbole(recommender, phase), recommender.split, list(metrics), list(ks))()

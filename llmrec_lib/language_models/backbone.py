@@ -224,7 +224,7 @@ def train_backbone(
     choices = {"n_layers": n_layers, "tuning": tuning, "pretrained": pretrained, "rank": rank, "item_input": item_input}
     settings = {**DEFAULTS, **settings, **choices}
     made_by = [version(package) for package in ("recbole", "torch", "transformers")]
-    made_by += [sys.modules[__name__], _recbole, str(choose_dtype("auto", choose_device("auto")))]
+    made_by += [sys.modules[__name__], low_rank, _recbole, str(choose_dtype("auto", choose_device("auto")))]
     key = content_key(split.fingerprint, texts, model_hash, settings, seed, made_by)
     model = catalog.load_causal(llm)[0] if isinstance(llm, str) else llm[0]
     inputs = model_class(), split, {**settings, "language_model": model, "item_embeddings": texts}, seed

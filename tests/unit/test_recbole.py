@@ -103,7 +103,7 @@ def test_process_state_is_as_before(checkerboard_split, strange_process, model):
         restored = _recbole.restore(model, checkerboard_split, settings, 0, state)
         recommender = RecBoleRecommender(restored, checkerboard_split, model)
         recommender.score(torch.tensor([1, 2]))
-        _recbole.trainer_evaluate(to_recbole(recommender), checkerboard_split, ["Recall"], [5])
+        _recbole.judge(to_recbole(recommender), checkerboard_split, ["Recall"], [5])()
         assert_same(before, process_state())
     assert list(strange_process.iterdir()) == []  # no log_tensorboard/, saved/, log/
 
@@ -209,7 +209,7 @@ def test_pickles_are_not_read(checkerboard_split, tmp_path, monkeypatch):
     state = fit("BPR", checkerboard_split, **settings)
     model = _recbole.restore("BPR", checkerboard_split, settings, 0, state)
     wrapped = to_recbole(RecBoleRecommender(model, checkerboard_split, "bpr"))
-    assert _recbole.trainer_evaluate(wrapped, checkerboard_split, ["NDCG"], [5])["ndcg@5"] > 0
+    assert _recbole.judge(wrapped, checkerboard_split, ["NDCG"], [5])()["ndcg@5"] > 0
 
 
 def test_catalogue_metrics_of_recbole_work(checkerboard_split):
@@ -219,7 +219,7 @@ def test_catalogue_metrics_of_recbole_work(checkerboard_split):
         checkerboard_split,
         "b",
     )
-    values = _recbole.trainer_evaluate(to_recbole(model), checkerboard_split, metrics, [5])
+    values = _recbole.judge(to_recbole(model), checkerboard_split, metrics, [5])()
     assert set(values) == {f"{name.lower()}@5" for name in metrics}
     assert all(np.isfinite(value) for value in values.values())
 
@@ -238,7 +238,7 @@ def test_validation_of_sequences_is_masked(checkerboard_split, monkeypatch):
     monkeypatch.setattr(_recbole, "full_sort_scores", lambda model, parts, users, phase: memory.at(phase).score(users))
     state = fit("SASRec", checkerboard_split, **{**BASELINES["sasrec"].settings, "epochs": 1, "eval_step": 1})
     assert state["valid_curve"].tolist() == [1.0]
-    assert _recbole.trainer_evaluate(to_recbole(memory, "valid"), checkerboard_split, ["Hit"], [1])["hit@1"] == 1.0
+    assert _recbole.judge(to_recbole(memory, "valid"), checkerboard_split, ["Hit"], [1])()["hit@1"] == 1.0
 
 
 def test_order_does_not_depend_on_rounded_time(tmp_path):
@@ -385,7 +385,7 @@ def test_a_wrapped_recommender_is_one_of_recbole(checkerboard_split):
         assert isinstance(wrapped, GeneralRecommender)
         scores = wrapped.full_sort_predict({"user_id": torch.tensor([4, 2])})
         assert torch.equal(scores.view(2, 17), memory.at(phase).score(torch.tensor([4, 2])))
-        theirs = _recbole.trainer_evaluate(wrapped, checkerboard_split, ["Hit"], [1])
+        theirs = _recbole.judge(wrapped, checkerboard_split, ["Hit"], [1])()
         assert theirs["hit@1"] == evaluate(memory, checkerboard_split, phase, ks=(1,)).mean("hit@1") == 1.0
 
 
@@ -446,7 +446,7 @@ from llmrec_lib.recommender import ItemSimilarityRecommender, to_recbole
 from llmrec_lib.splits import split
 parts = split(load_folder(Path("checkerboard")))
 wrapped = to_recbole(ItemSimilarityRecommender(parts, torch.eye(17), "same"))
-print(_recbole.trainer_evaluate(wrapped, parts, ["Hit"], [5]))
+print(_recbole.judge(wrapped, parts, ["Hit"], [5])())
 assert not torch.is_anomaly_enabled()
 assert "ray" not in sys.modules and "recbole.quick_start" not in sys.modules
 """
