@@ -212,11 +212,8 @@ def _dataset_class() -> type:
                 return pd.DataFrame({UID: users, IID: items})
             self._declare(SEQ, FeatureType.TOKEN_SEQ, FeatureSource.INTERACTION, self._max_length)
             self._declare(SEQ_LEN, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
-            return (
-                windows(self._split, self._max_length)
-                if part == "train"
-                else windows(self._split, self._max_length)[:0]
-            )
+            rows = windows(self._split, self._max_length)
+            return rows if part == "train" else rows[:0]
 
         def _item_features(self) -> pd.DataFrame:
             table = self._split.dataset.items
@@ -325,9 +322,8 @@ def build(model_name: str | type, split: Split, settings: dict, seed: int) -> Si
     loader = TrainDataLoader(config, datasets[0], samplers[0], shuffle=config["shuffle"])
     model = cls(config, loader._dataset).to(config["device"])
     if item_columns:
-        model.item_features = dict(
-            loader._dataset.get_item_feature().interaction
-        )  # [n_items, …] each, for scoring pairs
+        # [n_items, …] each, for scoring pairs
+        model.item_features = dict(loader._dataset.get_item_feature().interaction)
     return SimpleNamespace(config=config, datasets=datasets, samplers=samplers, loader=loader, model=model)
 
 
@@ -360,9 +356,8 @@ def make_trainer(built: SimpleNamespace, model_name: str, validate: Callable[[],
         """`Collector` whose counters stay what they are."""
 
         def get_data_struct(self) -> Any:
-            counters = {
-                key: value for key, value in self.data_struct._data_dict.items() if not isinstance(value, torch.Tensor)
-            }
+            found = self.data_struct._data_dict
+            counters = {key: value for key, value in found.items() if not isinstance(value, torch.Tensor)}
             for key in counters:
                 del self.data_struct._data_dict[key]
             struct = super().get_data_struct()
@@ -438,9 +433,7 @@ def restore(
 
 def linear_weights(model: torch.nn.Module) -> sp.csr_matrix | np.ndarray | None:
     """S of the models that score ``h_u S`` (ItemKNN, EASE, SLIMElastic), else None."""
-    weights = (
-        getattr(model, "w", None) if type(model).__name__ == "ItemKNN" else getattr(model, "item_similarity", None)
-    )
+    weights = getattr(model, "w" if type(model).__name__ == "ItemKNN" else "item_similarity", None)
     if weights is None:
         return None
     return sp.csr_matrix(weights) if sp.issparse(weights) else np.asarray(weights)

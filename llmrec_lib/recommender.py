@@ -92,8 +92,11 @@ class ItemSimilarityRecommender(Recommender):
         self.similarity = similarity.astype(np.float32, copy=False)
 
     def score(self, users: LongTensor) -> FloatTensor:
-        scores = self.split.history_matrix(self.phase)[users.numpy()] @ self.similarity
-        return torch.from_numpy(np.ascontiguousarray(scores.toarray() if sp.issparse(scores) else scores))
+        history = self.split.history_matrix(self.phase)[users.numpy()]
+        if sp.issparse(self.similarity):
+            return torch.from_numpy((history @ self.similarity).toarray())
+        items, starts = (torch.from_numpy(part).long() for part in (history.indices, history.indptr[:-1]))
+        return torch.nn.functional.embedding_bag(items, torch.from_numpy(self.similarity), starts, mode="sum")
 
     def describe(self) -> dict:
         dense = not sp.issparse(self.similarity)

@@ -11,11 +11,12 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from llmrec_lib.evaluation.metrics import catalogue_metrics, per_user_metrics
+from llmrec_lib.evaluation.metrics import PER_USER, catalogue_metrics, per_user_metrics
 from llmrec_lib.recommender import Recommender
 from llmrec_lib.splits import Split
 
 KS = (5, 10, 20)
+BATCH_SCORES = 2**20  # users × items at once by default: 4 MB of scores, whatever the catalogue
 
 
 class TestReuseError(ValueError):
@@ -116,7 +117,7 @@ def evaluate(
     seed: int | None = None,
     ks: Sequence[int] = KS,
     users: Sequence[int] | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Rank the whole catalogue for each user and compare the top of the list with what the user took next.
@@ -133,7 +134,8 @@ def evaluate(
     seed : the run's seed; the split's by default.
     ks : cut-offs.
     users : user ids to judge; all with at least one target by default.
-    batch_size : users scored at once; memory grows with it: about ``8 · batch_size · n_items`` bytes.
+    batch_size : users scored at once, which takes about ``8 · batch_size · n_items`` bytes; by default as many as make
+        `BATCH_SCORES` scores, so that memory does not grow with users or items.
 
     Raises
     ------
@@ -162,9 +164,14 @@ def evaluate(
 
     view = recommender.at(phase)
     order = tie_order(split.dataset.n_items)
-    lists, seconds = [], 0.0
-    batches = torch.from_numpy(users).split(batch_size)
-    for batch in tqdm(batches, desc=method, unit="batch", leave=False, disable=not progress):
+    batch_size = batch_size or max(1, BATCH_SCORES // split.dataset.n_items)
+    lists = np.empty((len(users), k), dtype=np.int32)
+    table = np.empty((len(users), len(PER_USER) * len(set(ks))), order="F")
+    seconds = 0.0
+    starts = range(0, len(users), batch_size)
+    for first in tqdm(starts, desc=method, unit="batch", leave=False, disable=not progress):
+        rows = slice(first, first + batch_size)
+        batch = torch.from_numpy(users[rows])
         start = time.perf_counter()
         scores = view.score(batch).float()
         seconds += time.perf_counter() - start
@@ -174,14 +181,14 @@ def evaluate(
             )
         broken = scores[:, 1:].amax(dim=1).isnan()  # the maximum of a row with a NaN is NaN
         if broken.any():
-            row = int(broken.nonzero()[0])
-            raise ValueError(f"{method}: scores of user {int(batch[row])} contain NaN; look at its history and inputs")
-        lists.append(top_k(mask_seen(scores.clone(), split, batch, phase), k, order).numpy())
+            user = int(batch[broken][0])
+            raise ValueError(f"{method}: scores of user {user} contain NaN; look at its history and inputs")
+        lists[rows] = top_k(mask_seen(scores.clone(), split, batch, phase), k, order)
+        hits = targets[users[rows, None], lists[rows]].toarray() > 0
+        values = per_user_metrics(hits, n_targets[rows], split.item_counts[lists[rows]], ks)
+        table[rows] = np.stack([*values.values()], axis=1)
     if phase == "test":
         _judged[look] = configuration
-    lists = np.concatenate(lists)
-    hits = targets[users[:, None], lists].toarray() > 0
-    values = per_user_metrics(hits, n_targets, split.item_counts[lists], ks)
     return Evaluation(
         method=method,
         family=family,
@@ -189,7 +196,7 @@ def evaluate(
         protocol=split.protocol,
         seed=seed,
         phase=phase,
-        per_user=pd.DataFrame(values, index=pd.Index(users, name="user")),
+        per_user=pd.DataFrame(table, columns=[*values], index=pd.Index(users, name="user")),
         catalogue=catalogue_metrics(lists, split.dataset.n_items - 1, ks),
         seconds=seconds,
     )

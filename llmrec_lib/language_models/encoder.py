@@ -13,11 +13,12 @@ from tqdm import tqdm
 
 from llmrec_lib.cache import cached_tensors, content_key
 from llmrec_lib.language_models import catalog
+from llmrec_lib.language_models._packed import pack_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BATCH_TOKENS = 4096  # padded tokens per forward: enough to fill the cores, small enough for their caches
+BATCH_TOKENS = 4096  # per forward: enough to fill the cores, small enough for their caches
 
 
 def choose_device(device: str) -> torch.device:
@@ -82,6 +83,7 @@ class TextEncoder:
             loaded, self.tokenizer = model
             self._hash = catalog.weights_hash(loaded)
         self.model = loaded.to(device=self.device, dtype=self.dtype).eval()
+        pack_linears(self.model)
         self.pooling = _pooling_of(folder, self.model) if pooling == "auto" else pooling
         limit = getattr(self.model.config, "max_position_embeddings", None) or max_tokens
         self.max_tokens = min(max_tokens, limit)
@@ -105,7 +107,7 @@ class TextEncoder:
         unique = list(dict.fromkeys(texts))
         rows = {text: row for row, text in enumerate(unique)}
         ids = self._tokenize(unique)
-        key = content_key("encoder 1", self._hash, self.pooling, str(self.dtype), ids)
+        key = content_key("encoder 2", self._hash, self.pooling, str(self.dtype), ids)
         stored = cached_tensors("embeddings", key, lambda: {"embeddings": self._embed(ids, progress)})
         embeddings = stored["embeddings"][[rows[text] for text in texts]]
         return torch.nn.functional.normalize(embeddings, dim=1) if normalize else embeddings
@@ -119,25 +121,23 @@ class TextEncoder:
     @torch.inference_mode()
     def _embed(self, ids: list[list[int]], progress: bool) -> Tensor:
         embeddings = torch.zeros(len(ids), self.model.config.hidden_size)
-        order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))
+        of_length: dict[int, list[int]] = {}
+        for row, tokens in enumerate(ids):
+            of_length.setdefault(len(tokens), []).append(row)
         with tqdm(total=len(ids), desc="embedding", unit="text", disable=not progress) as bar:
-            start = 0
-            while start < len(order):
-                batch = order[start : start + max(1, BATCH_TOKENS // len(ids[order[start]]))]
-                embeddings[batch] = self._forward([ids[row] for row in batch]).float().cpu()
-                start += len(batch)
-                bar.update(len(batch))
+            for length in sorted(of_length, reverse=True):  # what does not fit into memory fails at once
+                for batch in torch.tensor(of_length[length]).split(max(1, BATCH_TOKENS // length)):
+                    tokens = torch.tensor([ids[row] for row in batch.tolist()], device=self.device)
+                    embeddings[batch] = self._forward(tokens).float().cpu()
+                    bar.update(len(batch))
         return embeddings
 
-    def _forward(self, ids: list[list[int]]) -> Tensor:
-        tokens, mask = pad_right(ids, self.device)
-        hidden = self.model(input_ids=tokens, attention_mask=mask).last_hidden_state
-        if self.pooling == "cls":
-            return hidden[:, 0]
-        lengths = mask.sum(1)
-        if self.pooling == "last":
-            return hidden[torch.arange(len(ids)), lengths - 1]
-        return (hidden.float() * mask[:, :, None]).sum(1) / lengths[:, None]
+    def _forward(self, tokens: Tensor) -> Tensor:
+        """Pooled states of texts of one length [n, length]: nothing is padded, so that attention needs no mask."""
+        hidden = self.model(input_ids=tokens).last_hidden_state
+        if self.pooling == "mean":
+            return hidden.float().mean(1)
+        return hidden[:, 0 if self.pooling == "cls" else -1]
 
 
 def pad_right(ids: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

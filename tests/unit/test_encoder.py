@@ -56,6 +56,30 @@ def test_small_batches_change_nothing(monkeypatch):
     torch.testing.assert_close(make()._embed([[1, 2, 3], [4], [5, 6]], False), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_a_batch_holds_texts_of_one_length_and_few_enough(monkeypatch):
+    """Nothing is padded, so that the model needs no mask: each batch is a full rectangle of real tokens."""
+    encoder, seen = make(), []
+    forward = encoder._forward
+    monkeypatch.setattr(encoder, "_forward", lambda tokens: seen.append(tokens.tolist()) or forward(tokens))
+    monkeypatch.setattr(encoder_module, "BATCH_TOKENS", 6)
+    ids = [[5, 6], [7, 8, 9], [10], [11, 12], [13, 14], [15, 16], [17] * 7]
+    embeddings = encoder._embed(ids, False)
+    assert sorted(sum(seen, [])) == sorted(ids)
+    assert [len(tokens) for tokens in seen] == [1, 1, 3, 1, 1]  # by length 7, 3, 2 (three texts fill a batch), 2, 1
+    for row, tokens in enumerate(ids):
+        torch.testing.assert_close(embeddings[row], make()._embed([tokens], False)[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch packs nothing")
+def test_the_model_reads_packed_weights_and_keeps_its_hash():
+    body = tiny_bert()
+    before = make(body)._hash
+    encoder = make(body)
+    assert encoder._hash == before
+    encoder._embed([[1, 2, 3]], False)
+    assert any("_packed" in vars(part) for part in encoder.model.modules())
+
+
 def test_results_are_kept_by_model_and_settings(monkeypatch):
     first = make().encode(TEXTS, progress=False)
     monkeypatch.setattr(TextEncoder, "_forward", lambda *_: pytest.fail("computed again"))
