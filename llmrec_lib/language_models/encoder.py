@@ -18,7 +18,7 @@ from llmrec_lib.language_models._packed import pack_linears
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-BATCH_TOKENS = 4096  # per forward: enough to fill the cores, small enough for their caches
+BATCH_TOKENS = 2048  # per forward: enough to fill the cores, small enough for their caches
 
 
 def choose_device(device: str) -> torch.device:
