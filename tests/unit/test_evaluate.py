@@ -65,6 +65,16 @@ def test_batches_make_no_difference(random_table, checkerboard_split, phase):
         assert parts.catalogue == whole.catalogue
 
 
+def test_batches_shrink_as_the_catalogue_grows(random_table, checkerboard_split, monkeypatch):
+    whole = evaluate(random_table, checkerboard_split, ks=KS)
+    for scores, expected in ((5 * 17 + 16, [5, 5, 5, 5, 4]), (1, [1] * 24)):  # at least one user at once
+        random_table.asked.clear()
+        monkeypatch.setitem(evaluate.__globals__, "BATCH_SCORES", scores)
+        parts = evaluate(random_table, checkerboard_split, ks=KS)
+        assert random_table.asked == expected
+        pd.testing.assert_frame_equal(parts.per_user, whole.per_user, check_exact=True)
+
+
 def test_seen_items_are_never_recommended(checkerboard_split):
     """Seen items get 100 times the score of the target, and the target is still found first."""
     seen_at = {phase: checkerboard_split.seen(phase).toarray() for phase in ("valid", "test")}
@@ -156,6 +166,9 @@ def test_some_users_only(random_table, checkerboard_split):
     everyone = evaluate(random_table, checkerboard_split, "valid", ks=KS)
     some = evaluate(random_table, checkerboard_split, "valid", ks=KS, users=[9, 4, 17])
     pd.testing.assert_frame_equal(some.per_user, everyone.per_user.loc[[9, 4, 17]])
+    for users in (torch.tensor([9, 4, 17]), torch.tensor([9, 4, 17]).numpy(), np.array([9, 4, 17])):
+        again = evaluate(random_table, checkerboard_split, "valid", ks=KS, users=users)
+        pd.testing.assert_frame_equal(again.per_user, some.per_user)
 
 
 def test_a_second_look_at_test_under_other_settings_is_refused(checkerboard_split):
