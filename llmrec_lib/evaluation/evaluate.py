@@ -146,7 +146,7 @@ def evaluate(
     """
     method = method or recommender.name
     seed = split.seed if seed is None else seed
-    users = split.eval_users(phase) if users is None else np.array(users, dtype=np.int64)
+    users = split.eval_users(phase) if users is None else np.asarray(users, dtype=np.int64).copy()
     targets = split.targets(phase)
     n_targets = np.diff(targets.indptr)[users]
     if not len(users) or not n_targets.all():
