@@ -114,9 +114,8 @@ class UserTextRecommender(Recommender):
         masked = mask_seen(similarity.clone(), self.split, users, self.phase)
         kept = top_k(masked, min(self.n_candidates, self.n_items - 1), tie_order(self.n_items))
         ranked = z_score(masked.gather(1, kept))
-        ranked = ranked + self.popularity_weight * z_score(
-            torch.where(torch.isfinite(ranked), self._popularity[kept], -torch.inf)
-        )
+        popularity = torch.where(torch.isfinite(ranked), self._popularity[kept], -torch.inf)
+        ranked = ranked + self.popularity_weight * z_score(popularity)
         ranked = torch.where(torch.isfinite(ranked), ranked, similarity.gather(1, kept) - 100.0)
         lift = similarity.amax(dim=1, keepdim=True) - ranked.amin(dim=1, keepdim=True) + 1.0
         return similarity.scatter(1, kept, ranked + lift)

@@ -62,10 +62,8 @@ class Recommender(ABC):
     def describe(self) -> dict:
         """The configuration that decides the scores, as plain values: what a guard and a results file compare."""
         plain = (str, int, float, bool, type(None))
-        return {
-            "class": type(self).__name__,
-            **{name: value for name, value in vars(self).items() if isinstance(value, plain) and name != "phase"},
-        }
+        values = {name: value for name, value in vars(self).items() if isinstance(value, plain) and name != "phase"}
+        return {"class": type(self).__name__, **values}
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r} on {self.split.dataset.name}, {self.split.protocol}>"
@@ -148,9 +146,8 @@ class ScoreTable(Recommender):
     def score(self, users: LongTensor) -> FloatTensor:
         rows = self._rows[users]
         if (rows < 0).any():
-            raise KeyError(
-                f"user {int(users[rows < 0][0])} is not among the {len(self._users)} users of this ScoreTable"
-            )
+            missing = int(users[rows < 0][0])
+            raise KeyError(f"user {missing} is not among the {len(self._users)} users of this ScoreTable")
         if self.phase not in self._tables:
             arm = self.recommender.at(self.phase)
             self._tables[self.phase] = torch.cat([arm.score(batch) for batch in self._users.split(self.batch_size)])
