@@ -67,8 +67,8 @@ def complete_titles(likelihood: TitleLikelihood, titles: Sequence[str]) -> pd.Da
 
     Returns
     -------
-    DataFrame, a row per title: given, asked, right (numbers of tokens), remembered (boolean; missing for a title of a
-    single token, of which nothing can be asked)
+    DataFrame, a row per title: given, asked, right (numbers of tokens), rest (text of the tokens asked for), remembered
+    (boolean; missing for a title of a single token, of which nothing can be asked)
     """
     given = likelihood.prompt_tokens(CONTEXT)
     tokens = [_tokens_after(likelihood.tokenizer, CONTEXT, f" {title}") for title in titles]
@@ -78,8 +78,9 @@ def complete_titles(likelihood: TitleLikelihood, titles: Sequence[str]) -> pd.Da
     for row, logits in _logits(likelihood.model, rows):
         right[row] = int((logits.argmax(1).cpu() == torch.tensor(rows[row][1])).sum())
     frame = pd.DataFrame({"given": halves, "asked": [len(after) for _, after in rows], "right": right})
+    rest = likelihood.tokenizer.batch_decode([after for _, after in rows])
     remembered = (frame["right"] == frame["asked"]).astype("boolean")
-    return frame.assign(remembered=remembered.mask(frame["asked"] == 0))
+    return frame.assign(rest=rest, remembered=remembered.mask(frame["asked"] == 0))
 
 
 def recall(
