@@ -11,14 +11,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks import seconds_of
 from llmrec_lib.datasets import load_dataset
 from llmrec_lib.evaluation import Evaluation, compare, evaluate
 from llmrec_lib.language_models import catalog
@@ -51,7 +51,7 @@ def measure(model: str = "minilm", repeats: int = 3) -> list[dict]:
             name = str(encoder.dtype).removeprefix("torch.")
             jobs[name] = lambda encoder=encoder: encoder._embed(encoder._tokenize(texts), progress=False)
         found = {name: job() for name, job in jobs.items()}
-        runs = [{name: _seconds(job) for name, job in jobs.items()} for _ in range(repeats)]  # a busy minute hits all
+        runs = [{name: seconds_of(job) for name, job in jobs.items()} for _ in range(repeats)]  # a busy minute hits all
         floors = [_floor(encoder, texts) for encoder in encoders]
     seconds = {name: statistics.median(run[name] for run in runs) for name in jobs}
     fastest = min(run["peer"] for run in runs)
@@ -85,12 +85,6 @@ def _sentence_transformers() -> Iterator[Any]:
         yield sentence_transformers
 
 
-def _seconds(encode: Callable[[], Tensor]) -> float:
-    start = time.perf_counter()
-    encode()
-    return time.perf_counter() - start
-
-
 def _judge(parts: Split, embeddings: Tensor, name: str) -> Evaluation:
     """As `prs_based.embed_items`: rows of length 1, whitened with what the items of the training part show."""
     unit = torch.nn.functional.normalize(embeddings, dim=1)
@@ -103,5 +97,5 @@ def _floor(encoder: TextEncoder, texts: list[str]) -> float:
     linears = [part for part in encoder.model.encoder.modules() if isinstance(part, torch.nn.Linear)]
     largest = max(linears, key=lambda part: part.weight.numel())
     states = torch.randn(BATCH_TOKENS, largest.in_features).to(encoder.dtype)
-    per_weight = min(_seconds(lambda: largest(states)) for _ in range(200)) / largest.weight.numel() / BATCH_TOKENS
+    per_weight = min(seconds_of(lambda: largest(states)) for _ in range(200)) / largest.weight.numel() / BATCH_TOKENS
     return per_weight * sum(part.weight.numel() for part in linears) * sum(map(len, encoder._tokenize(texts)))

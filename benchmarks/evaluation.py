@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import time
 
+from benchmarks import seconds_of
 from llmrec_lib._recbole import judge
 from llmrec_lib.baselines import train
 from llmrec_lib.datasets import load_dataset
@@ -23,11 +23,7 @@ def measure(repeats: int = 5) -> list[dict]:
     ours, theirs = evaluate(ease, parts), recbole()
     times = []
     for _ in range(repeats):  # by turns: a busy moment hits both
-        start = time.perf_counter()
-        evaluate(ease, parts)
-        middle = time.perf_counter()
-        recbole()
-        times.append((middle - start, time.perf_counter() - middle))
+        times.append((seconds_of(lambda: evaluate(ease, parts)), seconds_of(recbole)))
     seconds, peer = map(statistics.median, zip(*times, strict=True))
     error = max(abs(ours.mean(name) - value) for name, value in theirs.items())
     row = {

@@ -9,7 +9,6 @@ import statistics
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from benchmarks import seconds_of
 from llmrec_lib.datasets import Dataset, load_dataset
 from llmrec_lib.evaluation import Evaluation, evaluate
 from llmrec_lib.language_models.encoder import TextEncoder
@@ -111,13 +111,7 @@ def _one(kind: str, factor: int, unit: str) -> tuple[float, list[float]]:
         result, value, repeats = found.per_user.memory_usage().sum(), found.per_user["ndcg@10"].iloc[:USERS], 9
     if unit == "MB":
         return megabytes - float(result) / 2**20, value.tolist()
-    return statistics.median(_seconds(work) for _ in range(repeats)), value.tolist()
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    return statistics.median(seconds_of(work) for _ in range(repeats)), value.tolist()
 
 
 def _memory(work: Callable[[], Any]) -> tuple[Any, float]:

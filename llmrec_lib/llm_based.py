@@ -102,3 +102,7 @@ class TitleLikelihoodRecommender(Recommender):
         elif self.rule == "prior_corrected":
             sums = sums - self.prior_weight * self.likelihood.prior(self.over).sum
         return torch.cat([sums.amin(dim=1, keepdim=True) - 1.0, sums], dim=1)  # PAD first
+
+    def describe(self) -> dict:
+        parts = {"likelihood": self.likelihood, "needs": self.needs}
+        return {**super().describe(), **{name: part and part.fingerprint for name, part in parts.items()}}

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.sparse as sp
 
+from llmrec_lib.cache import content_key
+
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
@@ -157,6 +159,7 @@ class StatedNeeds:
         nothing = sp.csc_matrix((fits.shape[0], 1))  # the last word, which nobody states
         self._items = sp.hstack([fits[:, usable], nothing]).T.tocsr()  # [n_words, n_items]
         self._word_of = {phase: self._choose(split.targets(phase), seed) for phase in ("valid", "test")}
+        self.fingerprint = content_key(self.column, self.words, self._word_of)
 
     def _choose(self, targets: sp.csr_matrix, seed: int) -> np.ndarray:
         rng, words_of = np.random.default_rng(seed), self._items.T.tocsr()
@@ -181,9 +184,7 @@ def _category_column(split: Split) -> str:
     """The token_seq column, other than the title, with the fewest distinct words; the title if there is none."""
     dataset = split.dataset
     columns = [c for c, kind in dataset.item_columns.items() if kind == "token_seq" and c != dataset.title_column]
-    distinct = {
-        column: len({word for text in dataset.items[column] for word in str(text).split()}) for column in columns
-    }
+    distinct = {c: len({word for text in dataset.items[c] for word in str(text).split()}) for c in columns}
     return min(distinct, key=distinct.get, default=dataset.title_column or "")
 
 

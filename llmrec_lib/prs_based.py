@@ -135,4 +135,4 @@ class NeedFilter(Recommender):
         return scores + step * torch.from_numpy(self.needs.fitting(users, self.phase))
 
     def describe(self) -> dict:
-        return {**super().describe(), "recommender": self.recommender.describe(), "column": self.needs.column}
+        return {**super().describe(), "recommender": self.recommender.describe(), "needs": self.needs.fingerprint}

@@ -43,6 +43,16 @@ def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
+def with_intervals(runs: Mapping[str, Runs], metric: str = "ndcg@10") -> pd.DataFrame:
+    """One row per method: method, family, value (mean over users), low, high (95 % interval); for `plotting.metric_bars`."""
+    rows = []
+    for name, evaluations in runs.items():
+        values = per_user_mean(evaluations, metric)
+        first = evaluations if isinstance(evaluations, Evaluation) else evaluations[0]
+        rows.append((name, first.family, values.mean(), *interval(values.to_numpy())))
+    return pd.DataFrame(rows, columns=["method", "family", "value", "low", "high"])
+
+
 def compare(a: Runs, b: Runs, metric: str = "ndcg@10") -> dict[str, float | str | int]:
     """Is `a` better than `b` for the same users?
 

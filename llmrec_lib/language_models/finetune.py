@@ -88,7 +88,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     if "base" not in settings:
         raise ValueError(f"{path} is not an adapter of save_adapter: its metadata lacks the settings")
     base = _base_model(model, settings["n_layers"], settings["pretrained"], settings["seed"])
-    if content_key(dict(base.state_dict())) != settings["base"]:
+    if catalog.weights_hash(base) != settings["base"]:
         raise ValueError(f"{path} was trained on other weights than these: load {settings['llm']!r} in float32")
     _trainable(base, "lora", settings["rank"], settings["seed"])
     base.load_state_dict(adapter, strict=False)
@@ -209,10 +209,10 @@ def finetune(
     del settings["progress"]
     settings |= {"dtype": str(computed_in), "device": on_device.type, "validate": validate is not None}
     settings |= {"llm": llm if isinstance(llm, str) else type(model).__name__, "template": template.name}
-    settings["base"] = content_key(dict(model.state_dict()))
+    settings["base"] = catalog.weights_hash(model)
     scorer = _Scorer(model, tokenizer, item_titles(titles, template)[1:], template.suffix, on_device)
-    texts = _Texts(split, scorer, template, objective, window_tokens, descriptions, train_users)
-    made_of = (catalog.weights_hash(model), split.fingerprint, scorer.title_tokens, texts.preamble, texts.descriptions)
+    texts = _Texts(split, scorer, template, settings)
+    made_of = (split.fingerprint, scorer.title_tokens, texts.preamble, texts.descriptions)
     key = content_key(settings, *made_of, torch.__version__, sys.modules[__name__], low_rank)
     checkpoint = cache_dir() / "finetuned" / key / "checkpoint.safetensors"
     trainable = _trainable(model, method, rank, seed)
@@ -230,7 +230,7 @@ def finetune(
 
         asked = measure if windows or validate else None
         report = _train(model, head, trainable, texts, settings, checkpoint, computed_in, asked, progress)
-        report["roof"] = _gemm_rate(computed_in, on_device)
+        report["roof"] = gemm_rate(computed_in, on_device)
         kept = torch.bfloat16 if method == "lora" else torch.float32
         weights = {name: parameter.detach().to(kept) for name, parameter in trainable.items()}
         return {**weights, "report": torch.tensor(list(json.dumps(report).encode()), dtype=torch.uint8)}
@@ -296,27 +296,15 @@ class _Scorer(TitleLikelihood):
     """Tokens and tree of the titles exactly as they are scored later, without moving or trying the model."""
 
     def __init__(self, model: Any, tokenizer: Any, titles: list[str], suffix: str, device: torch.device) -> None:
-        self.model, self.tokenizer, self.titles, self.suffix, self.device = model, tokenizer, titles, suffix, device
-        config = model.config
-        self.context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        self.title_tokens = self._tokenize_titles()
-        self.n_tokens = torch.tensor([len(tokens) for tokens in self.title_tokens])
-        self._tree = _Tree(self.title_tokens)
+        self.model, self.tokenizer, self.device = model, tokenizer, device
+        self._read_titles(titles, suffix)
 
 
 class _Texts:
     """Windows and batches; those of an epoch depend on the seed and the number of the epoch alone."""
 
-    def __init__(
-        self,
-        split: Split,
-        scorer: _Scorer,
-        template: Template,
-        objective: str,
-        window_tokens: int,
-        descriptions: bool,
-        train_users: int = 0,
-    ) -> None:
+    def __init__(self, split: Split, scorer: _Scorer, template: Template, settings: dict[str, Any]) -> None:
+        objective, train_users, window_tokens = (settings[n] for n in ("objective", "train_users", "window_tokens"))
         users, items = split.pairs("train")
         split.guard(users, items, "train", "fine-tuning texts")
         self.histories = np.split(items, np.flatnonzero(np.diff(users)) + 1)  # oldest first
@@ -333,7 +321,7 @@ class _Texts:
             raise ValueError(f"window_tokens is {window_tokens}; it must lie in {least} (longest title) to {most}")
         self.room = window_tokens - len(self.preamble)
         self.descriptions: list[list[int]] = []
-        if descriptions:
+        if settings["descriptions"]:
             texts = [split.dataset.item_text[item] for item in np.unique(items)]
             first = first_token(scorer.tokenizer)
             rows = scorer.tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -553,7 +541,7 @@ def _load(path: Path, trainable: dict[str, nn.Parameter], optimizer: torch.optim
         return None
 
 
-def _gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
+def gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
     """FLOPs per second of a square matrix product, best of eight."""
     size = 1024 if device.type == "cpu" else 8192
     matrix = torch.rand(size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -87,12 +88,8 @@ class TitleLikelihood:
         self._folder = catalog.fetch(model) if isinstance(model, str) else None
         self.model = loaded.to(device=self.device, dtype=self.dtype).eval()
         pack_linears(self.model)
-        self.titles, self.suffix, self.chunk_tokens = list(titles), suffix, chunk_tokens
-        config = self.model.config
-        self.context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        self.title_tokens = self._tokenize_titles()
-        self.n_tokens = torch.tensor([len(tokens) for tokens in self.title_tokens])
-        self._tree = _Tree(self.title_tokens)
+        self.chunk_tokens = chunk_tokens
+        self._read_titles(titles, suffix)
         parameters = inspect.signature(self.model.forward).parameters
         self._cache_argument = "cache" if "cache" in parameters else "past_key_values"  # renamed in transformers 5
         self._split_head = False
@@ -134,8 +131,7 @@ class TitleLikelihood:
         -------
         Tensor of float32 [n_prompts, n_titles]
         """
-        model = catalog.model_hash(self._folder) if self._folder else catalog.weights_hash(self.model)
-        base = content_key("likelihood 2", model, self.title_tokens, str(self.dtype), self.context, over)
+        base = content_key(self.fingerprint, over)
         scores = torch.empty(len(prompts), len(self.titles))
         for row, prompt in enumerate(tqdm(prompts, desc="scoring titles", unit="prompt", disable=not progress)):
             ids = self.prompt_tokens(prompt)
@@ -164,13 +160,20 @@ class TitleLikelihood:
             ids = [ids[0], *ids[len(ids) - room + 1 :]] if has_bos else ids[len(ids) - room :]
         return ids
 
-    def followers(self) -> dict[tuple[int, ...], list[int]]:
-        """Every beginning of a title -> the tokens with which titles go on."""
-        found: dict[tuple[int, ...], set[int]] = {}
-        for title in self.title_tokens:
-            for position, token in enumerate(title):
-                found.setdefault(tuple(title[:position]), set()).add(token)
-        return {beginning: sorted(tokens) for beginning, tokens in found.items()}
+    def _read_titles(self, titles: Sequence[str], suffix: str) -> None:
+        """What is known of the titles before the model reads anything."""
+        self.titles, self.suffix = list(titles), suffix
+        config = self.model.config
+        self.context = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        self.title_tokens = self._tokenize_titles()
+        self.n_tokens = torch.tensor([len(tokens) for tokens in self.title_tokens])
+        self._tree = _Tree(self.title_tokens)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that decides the scores of a prompt, the weights as they are now included."""
+        model = catalog.model_hash(self._folder) if self._folder else catalog.weights_hash(self.model)
+        return content_key("likelihood 2", model, self.title_tokens, str(self.dtype), self.context)
 
     def _tokenize_titles(self) -> list[list[int]]:
         def tokenize(texts: list[str]) -> list[list[int]]:
@@ -298,9 +301,18 @@ def naive_log_likelihood(
     """
     chosen = range(len(scorer.titles)) if rows is None else rows
     titles = [scorer.title_tokens[row] for row in chosen]
-    allowed = scorer.followers() if over == "catalogue" else None
+    allowed = followers(scorer.title_tokens) if over == "catalogue" else None
     scores = _padded_scores(scorer, scorer.prompt_tokens(prompt), titles, batch_size, allowed)
     return LikelihoodScores(scores, torch.tensor([len(title) for title in titles], dtype=torch.int64))
+
+
+def followers(sequences: Iterable[Sequence[int]]) -> dict[tuple[int, ...], list[int]]:
+    """Every beginning of a token sequence -> the tokens with which some of the sequences go on, ascending."""
+    found: dict[tuple[int, ...], set[int]] = defaultdict(set)
+    for tokens in sequences:
+        for position, token in enumerate(tokens):
+            found[tuple(tokens[:position])].add(token)
+    return {beginning: sorted(tokens) for beginning, tokens in found.items()}
 
 
 @torch.inference_mode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmrec_lib.language_models.encoder import pad_right
+from llmrec_lib.language_models.likelihood import followers
 from llmrec_lib.prompts import item_titles
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ def probe_facts(dataset: Dataset) -> tuple[list[str], list[str], str, list[list[
     found = [_WITH_YEAR.fullmatch(title) for title in titles]
     column = next((name for name in dataset.item_columns if "year" in name.lower()), None)
     values = dataset.items[column] if column else [""] * len(titles)
-    texts = [
-        match[2] if match else str(value).removesuffix(".0").strip() for match, value in zip(found, values, strict=True)
-    ]
+    texts = [m[2] if m else str(v).removesuffix(".0").strip() for m, v in zip(found, values, strict=True)]
     years = [text if _YEAR.fullmatch(text) else "" for text in texts]
     titles = [match[1] if match else title for title, match in zip(titles, found, strict=True)]
     for name, kind in dataset.item_columns.items():
@@ -102,16 +100,13 @@ def recall(
     bool array [n_prompts]
     """
     tokens = {choice: tuple(_tokens_after(likelihood.tokenizer, prompts[0], choice)) for choice in choices}
-    allowed: dict[tuple[int, ...], set[int]] = defaultdict(set)
-    for ids in tokens.values():
-        for place, token in enumerate(ids):
-            allowed[ids[:place]].add(token)
+    allowed = followers(tokens.values())
     asked = [(row, answer) for row, right in enumerate(answers) for answer in right]
     rows = [(likelihood.prompt_tokens(prompts[row]), list(tokens[answer])) for row, answer in asked]
     written = np.zeros(len(prompts), dtype=bool)
     for place, logits in _logits(likelihood.model, rows):
         ids = tokens[asked[place][1]]
-        options = [sorted(allowed[ids[:step]]) for step in range(len(ids))]
+        options = [allowed[ids[:step]] for step in range(len(ids))]
         best = [ways[int(logits[step, ways].argmax())] for step, ways in enumerate(options)]
         written[asked[place][0]] |= tuple(best) == ids
     return written

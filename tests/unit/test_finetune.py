@@ -56,13 +56,11 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-def prepare(split, model, tokenizer, objective="catalogue", window_tokens=96, descriptions=False, **other):
-    titles = other.get("titles") or item_titles(split.dataset.titles)[1:]
+def prepare(split, model, tokenizer, titles=None, **other):
+    titles = titles or item_titles(split.dataset.titles)[1:]
     scorer = module._Scorer(model, tokenizer, titles, ";", torch.device("cpu"))
-    template = get_template("history")
-    return scorer, module._Texts(
-        split, scorer, template, objective, window_tokens, descriptions, other.get("train_users", 0)
-    )
+    settings = {"objective": "catalogue", "window_tokens": 96, "descriptions": False, "train_users": 0} | other
+    return scorer, module._Texts(split, scorer, get_template("history"), settings)
 
 
 def events_of(windows, split, preamble, title_tokens):
@@ -83,7 +81,7 @@ def events_of(windows, split, preamble, title_tokens):
 @pytest.mark.parametrize("window_tokens", [46, 54, 64])
 def test_each_training_event_is_a_target_once_per_epoch(checkerboard_split, tokenizer, window_tokens):
     split = checkerboard_split
-    scorer, texts = prepare(split, tiny_llama(), tokenizer, "tokens", window_tokens)
+    scorer, texts = prepare(split, tiny_llama(), tokenizer, objective="tokens", window_tokens=window_tokens)
     cuts = []
     for epoch in range(3):
         batches = texts.batches(7, epoch, 2 * window_tokens)
@@ -149,7 +147,7 @@ def slow_loss(model, window, title_tokens, objective):
 def test_loss_is_the_slow_one(checkerboard_split, tokenizer, name, objective, monkeypatch):
     monkeypatch.setattr(module, "HEAD_ROWS", 5)
     model = MODELS[name]()
-    scorer, texts = prepare(checkerboard_split, model, tokenizer, objective)
+    scorer, texts = prepare(checkerboard_split, model, tokenizer, objective=objective)
     head = module._Head(scorer, torch.float32)
     assert head.plain == (name != "cohere")
     batch = texts.batches(0, 0, 400)[0]
@@ -161,7 +159,7 @@ def test_loss_is_the_slow_one(checkerboard_split, tokenizer, name, objective, mo
 def test_gradient_is_that_of_the_mean_per_prediction(checkerboard_split, tokenizer, monkeypatch):
     monkeypatch.setattr(module, "HEAD_ROWS", 5)
     model = tiny_llama()
-    scorer, texts = prepare(checkerboard_split, model, tokenizer, "tokens")
+    scorer, texts = prepare(checkerboard_split, model, tokenizer, objective="tokens")
     batch = texts.batches(0, 0, 400)[0]
     trainable = module._trainable(model, "full", 1, 0)
     module._loss(model, module._Head(scorer, torch.float32), batch, torch.float32, train=True)
@@ -376,7 +374,7 @@ def test_descriptions_of_items_with_training_events(checkerboard_split, tokenize
 
 def test_validation_reads_the_training_history(checkerboard_split, tokenizer):
     split = checkerboard_split
-    scorer, texts = prepare(split, tiny_llama(), tokenizer, "tokens", window_tokens=256)
+    scorer, texts = prepare(split, tiny_llama(), tokenizer, objective="tokens", window_tokens=256)
     windows = texts.validation(split, 5)
     users = split.eval_users("valid", 5)
     assert len(windows) == len(users) == 5
