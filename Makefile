@@ -50,10 +50,10 @@ $(STAMP): requirements.lock pyproject.toml
 study: $(STAMP) ## run every chapter at PROFILE's scale and build that book into _build/html
 	$(VENV)/bin/llmrec run --profile "$(PROFILE)" --results "$(RESULTS)" --executed "$(EXECUTED)" \
 		$(if $(DATASET),-p dataset "$(DATASET)") $(if $(DATA_DIR),-p data_dir "$(DATA_DIR)") $(ARGS)
-	$(PY) -m llmrec_lib.study.book --executed "$(EXECUTED)"
+	$(PY) book/build_book.py --executed "$(EXECUTED)"
 
 book: $(STAMP) ## build the published book from book/executed into _build/html, running nothing
-	$(PY) -m llmrec_lib.study.book
+	$(PY) book/build_book.py
 
 test: $(STAMP) ## run all tests
 	$(PY) -m pytest -q --durations=10 $(ARGS)

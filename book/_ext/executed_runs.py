@@ -2,6 +2,7 @@
 
 In Markdown: ``{{ run.fusion.best_id_ndcg }}`` is what chapter 06_fusion glued under that name; the directives are
 ``run-figure``, ``run-settings`` and ``run-status``. A name that no chapter glued is a warning, so it stops the build.
+``benchmark-table`` and ``benchmark-growth`` show what `make bench` measured.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ast
 import base64
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -21,7 +23,7 @@ from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
 
-EXECUTED = "book/executed"
+EXECUTED, BENCHMARKS = "book/executed", "benchmarks/results.json"
 PREFIX = "application/papermill.record/"  # myst_nb.glue(..., display=False) puts it before each MIME type
 # The package carries the JavaScript: formulas then need no network. SVG output needs no fonts either.
 MATHJAX_PACKAGE, MATHJAX_FILE = "sphinx-mathjax-offline", "tex-svg-full.js"
@@ -83,6 +85,24 @@ class _FromRuns(SphinxDirective):
         except KeyError:
             raise self.error(f"{EXECUTED} has no executed notebook {name!r}") from None
 
+    def figure(self, name: str, image: bytes) -> list[nodes.Node]:
+        """An image with the alt text and the caption that the directive was given."""
+        path = Path(self.env.doctreedir).parent / "run_figures" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image)
+        uri = "/" + os.path.relpath(path, self.env.srcdir).replace(os.sep, "/")
+        figure = nodes.figure("", nodes.image(uri=uri, alt=self.options.get("alt", "")))
+        if self.content:
+            paragraph = self.markdown("\n".join(self.content))[0]
+            figure += nodes.caption("", "", *paragraph.children)
+        self.add_name(figure)
+        return [figure]
+
+    def benchmarks(self) -> list[dict[str, Any]]:
+        path = Path(self.env.srcdir) / BENCHMARKS
+        self.env.note_dependency(str(path))
+        return json.loads(path.read_text(encoding="utf-8"))
+
     def markdown(self, text: str) -> list[nodes.Node]:
         box = nodes.container()
         self.state.nested_parse(StringList(text.splitlines(), self.get_source_info()[0]), self.content_offset, box)
@@ -102,16 +122,7 @@ class RunFigure(_FromRuns):
             image = figure_png(self.chapter(chapter), name)
         except KeyError:
             raise self.error(f"{chapter} glued no figure {name!r}") from None
-        path = Path(self.env.doctreedir).parent / "run_figures" / f"{chapter}-{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(image)
-        uri = "/" + os.path.relpath(path, self.env.srcdir).replace(os.sep, "/")
-        figure = nodes.figure("", nodes.image(uri=uri, alt=self.options.get("alt", "")))
-        if self.content:
-            paragraph = self.markdown("\n".join(self.content))[0]
-            figure += nodes.caption("", "", *paragraph.children)
-        self.add_name(figure)
-        return [figure]
+        return self.figure(f"{chapter}-{name}", image)
 
 
 class RunSettings(_FromRuns):
@@ -177,6 +188,60 @@ class RunStatus(_FromRuns):
         )
 
 
+class BenchmarkTable(_FromRuns):
+    """``benchmark-table``: each claim of `make bench` beside its peer, and the machines that it was measured on."""
+
+    def run(self) -> list[nodes.Node]:
+        measured = [row for row in self.benchmarks() if "factor" not in row]
+        rows = [
+            [
+                row["name"],
+                f"{row['ours']:.3g}",
+                f"{row['peer']:.3g}",
+                row["unit"],
+                f"**{row['ratio']:.1f} ×**",
+                f"{row['error']:.0e}" if row["error"] else "0",
+                f"{100 * row['roof_share']:.0f} %" if "roof_share" in row else "–",
+            ]
+            for row in measured
+        ]
+        header = ["what", "ours", "peer", "unit", "faster", "largest difference", "of the GEMM roof"]
+        machines = "; ".join(sorted({_machine(row["machine"]) for row in measured}))
+        return self.markdown(f"{_table(header, rows)}\n*Measured on:* {machines}.")
+
+
+class BenchmarkGrowth(_FromRuns):
+    """``benchmark-growth``: seconds and memory against the size of the task, with alt text and caption."""
+
+    has_content = True
+    option_spec = {"alt": directives.unchanged_required, "name": directives.unchanged}
+
+    def run(self) -> list[nodes.Node]:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+
+        from llmrec_lib.plotting import PALETTE, STYLE
+
+        rows = [row for row in self.benchmarks() if "factor" in row]
+        tasks = list(dict.fromkeys(row["name"].split(" ×")[0] for row in rows))
+        with mpl.rc_context(STYLE):
+            figure = Figure(figsize=(6.4, 4.6))
+            for axis, unit in zip(figure.subplots(1, 2), ("seconds", "MB"), strict=True):
+                for task, colour, marker in zip(tasks, PALETTE, "osD^vX", strict=False):
+                    own = [row for row in rows if row["name"].startswith(f"{task} ×") and row["unit"] == unit]
+                    sizes, values = [row["factor"] for row in own], [row["ours"] for row in own]
+                    axis.plot(sizes, values, marker=marker, color=colour, label=task.removeprefix("growth of "))
+                    if unit == "seconds":
+                        axis.plot(sizes, [values[0] * size for size in sizes], color=colour, linestyle=":", linewidth=1)
+                axis.set(xscale="log", yscale="log", xlabel="size of the task, ×", ylabel=unit)
+                axis.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+                axis.minorticks_off()
+            figure.legend(*axis.get_legend_handles_labels(), loc="outside upper left")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=2 * STYLE["figure.dpi"])
+        return self.figure("growth", buffer.getvalue())
+
+
 def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
@@ -236,6 +301,8 @@ def setup(app: Any) -> dict[str, bool]:
     app.add_directive("run-figure", RunFigure)
     app.add_directive("run-settings", RunSettings)
     app.add_directive("run-status", RunStatus)
+    app.add_directive("benchmark-table", BenchmarkTable)
+    app.add_directive("benchmark-growth", BenchmarkGrowth)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 

@@ -43,13 +43,12 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def first_layers(model: PreTrainedModel, n_layers: int, pretrained: bool = True) -> tuple[PreTrainedModel, float]:
-    """A new float32 body of a causal model's first layers and its last norm, to be fed with ``inputs_embeds``.
+def causal_body(model: PreTrainedModel, pretrained: bool = True) -> tuple[PreTrainedModel, float]:
+    """A new float32 copy of a causal model's layers and its last norm, to be fed with ``inputs_embeds``.
 
     Parameters
     ----------
-    model : a causal language model of transformers; stays as it is.
-    n_layers : 1 up to the number of layers of `model`.
+    model : a causal language model of transformers, such as one from `keep_layers`; stays as it is.
     pretrained : False leaves the weights as the same architecture initialises them.
 
     Returns
@@ -60,15 +59,11 @@ def first_layers(model: PreTrainedModel, n_layers: int, pretrained: bool = True)
     Raises
     ------
     ValueError
-        `n_layers` out of range; a model that sees later positions; weights that are not the plain body's.
+        A model that sees later positions; weights that are not the plain body's.
     """
     source = model.base_model
     config = copy.deepcopy(source.config)
-    if not 1 <= n_layers <= config.num_hidden_layers:
-        raise ValueError(f"n_layers is {n_layers}; {type(model).__name__} has 1 to {config.num_hidden_layers} layers")
-    config.num_hidden_layers, config.dtype = n_layers, torch.float32
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:n_layers]
+    config.dtype = torch.float32
     body = type(source)(config).eval()
     with torch.no_grad():
         ends = body(input_ids=torch.tensor([[0, 1, 2], [0, 1, 3]])).last_hidden_state
@@ -78,7 +73,7 @@ def first_layers(model: PreTrainedModel, n_layers: int, pretrained: bool = True)
             weights = source.state_dict()
             if missing := [name for name in body.state_dict() if name not in weights]:
                 raise ValueError(f"the model's body lacks {missing[0]}; merge adapters into its weights first")
-            body.load_state_dict({name: weights[name] for name in body.state_dict()})
+            body.load_state_dict(weights)
         tokens = body.get_input_embeddings()
         length = tokens(torch.arange(tokens.weight.shape[0])).norm(dim=1).mean().item()
     body.set_input_embeddings(nn.Identity())
@@ -114,7 +109,7 @@ def model_class() -> type[nn.Module]:
     from recbole.model.abstract_recommender import SequentialRecommender
 
     class LanguageModelBackbone(SequentialRecommender):
-        """Item vectors → the body's first layers → one vector per position → inner products with the table of outputs.
+        """Item vectors → the body's layers → one vector per position → inner products with the table of outputs.
 
         Windows are filled up on the right, and a causal body's position sees nothing to its right: no mask is needed.
         """
@@ -124,7 +119,7 @@ def model_class() -> type[nn.Module]:
             texts, size = config["item_embeddings"], config["out_size"]
             self.frozen, self.body_learning_rate = config["tuning"] == "frozen", config["body_learning_rate"]
             self.reduced = choose_dtype("auto", self.device) == torch.bfloat16
-            self.body, self.length = first_layers(config["language_model"], config["n_layers"], config["pretrained"])
+            self.body, self.length = causal_body(config["language_model"], config["pretrained"])
             limit = getattr(self.body.config, "max_position_embeddings", None) or self.max_seq_length
             if self.max_seq_length > limit:
                 raise ValueError(f"MAX_ITEM_LIST_LENGTH is {self.max_seq_length}; the language model reads {limit}")
@@ -176,7 +171,6 @@ def train_backbone(
     item_embeddings: FloatTensor | None,
     llm: str | tuple[PreTrainedModel, PreTrainedTokenizerBase] = "smollm2-135m",
     *,
-    n_layers: int = 4,
     tuning: Literal["frozen", "lora", "full"] = "frozen",
     pretrained: bool = True,
     rank: int = 16,
@@ -197,8 +191,8 @@ def train_backbone(
     split : Split
     item_embeddings : FloatTensor [n_items, d]
         Such as whitened ones from `prs_based.embed_items`; row 0 (PAD) is ignored. None with ``item_input="id"``.
-    llm : a name for `catalog.fetch`, or a loaded (model, tokenizer), such as a fine-tuned one.
-    n_layers : the first layers of the body are used.
+    llm : a name for `catalog.fetch`, or a loaded (model, tokenizer), such as a fine-tuned one,
+        or one with fewer layers from `keep_layers`.
     tuning : {"frozen", "lora", "full"}
         What is trained beside projections and tables: nothing of the body, adapters of `rank`, or all of it.
     pretrained : False is the control: the same body randomly initialised from `seed`.
@@ -211,8 +205,8 @@ def train_backbone(
     Raises
     ------
     ValueError
-        Unknown `tuning` or `item_input`; embeddings of a wrong shape or not finite; `n_layers`, `rank` or
-        ``MAX_ITEM_LIST_LENGTH`` out of range; a model that is not causal.
+        Unknown `tuning` or `item_input`; embeddings of a wrong shape or not finite; `rank` or ``MAX_ITEM_LIST_LENGTH``
+        out of range; a model that is not causal.
 
     Source: in the manner of Li et al. 2023, "E4SRec" (arXiv 2312.02443).
     """
@@ -221,7 +215,7 @@ def train_backbone(
             raise ValueError(f"{parameter} is {value!r}; it is one of {known}")
     texts = None if item_input == "id" else _unit_rows(item_embeddings, split.dataset.n_items)
     model_hash = catalog.model_hash(catalog.fetch(llm)) if isinstance(llm, str) else catalog.weights_hash(llm[0])
-    choices = {"n_layers": n_layers, "tuning": tuning, "pretrained": pretrained, "rank": rank, "item_input": item_input}
+    choices = {"tuning": tuning, "pretrained": pretrained, "rank": rank, "item_input": item_input}
     settings = {**DEFAULTS, **settings, **choices}
     made_by = [version(package) for package in ("recbole", "torch", "transformers")]
     made_by += [sys.modules[__name__], low_rank, _recbole, str(choose_dtype("auto", choose_device("auto")))]
@@ -230,7 +224,7 @@ def train_backbone(
     inputs = model_class(), split, {**settings, "language_model": model, "item_embeddings": texts}, seed
     state = cached_tensors("backbones", key, lambda: _recbole.fit(*inputs, progress=progress))
     recommender = RecBoleRecommender(_recbole.restore(*inputs, state), split, name or f"backbone, {tuning}")
-    recommender.language_model = f"{model_hash}, pretrained {pretrained}, {n_layers} layers"  # for `describe`
+    recommender.language_model = f"{model_hash}, pretrained {pretrained}"  # for `describe`
     return recommender
 
 

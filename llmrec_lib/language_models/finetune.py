@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from llmrec_lib.cache import atomic_write, cache_dir, cached_tensors, content_key
 from llmrec_lib.language_models import catalog, low_rank
+from llmrec_lib.language_models.compress import transformer_layers
 from llmrec_lib.language_models.encoder import choose_device, choose_dtype, first_token, pad_right
 from llmrec_lib.language_models.likelihood import TitleLikelihood, _Tree
 from llmrec_lib.prompts import Template, get_template, item_titles, render
@@ -78,7 +79,7 @@ class FineTuned:
 
 
 def load_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
-    """A float32 copy of a base model with a saved adapter merged into it, cut to its `n_layers`.
+    """A float32 copy of a base model with a saved adapter merged into it.
 
     Raises ValueError if the base weights (in float32) are not those that the adapter was trained on.
     """
@@ -87,9 +88,10 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
         adapter = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if "base" not in settings:
         raise ValueError(f"{path} is not an adapter of save_adapter: its metadata lacks the settings")
-    base = _base_model(model, settings["n_layers"], settings["pretrained"], settings["seed"])
+    base = _base_model(model, settings["pretrained"], settings["seed"])
     if catalog.weights_hash(base) != settings["base"]:
-        raise ValueError(f"{path} was trained on other weights than these: load {settings['llm']!r} in float32")
+        which = f"load {settings['llm']!r} in float32, with the same layers"
+        raise ValueError(f"{path} was trained on other weights than these: {which}")
     _trainable(base, "lora", settings["rank"], settings["seed"])
     base.load_state_dict(adapter, strict=False)
     return low_rank.merge_low_rank(base)
@@ -103,7 +105,6 @@ def finetune(
     objective: str = "catalogue",
     method: str = "full",
     rank: int = 16,
-    n_layers: int | None = None,
     pretrained: bool = True,
     titles: Sequence[str] | None = None,
     descriptions: bool = False,
@@ -133,7 +134,7 @@ def finetune(
     Parameters
     ----------
     llm : str or (model, tokenizer)
-        A name for `catalog.fetch`, or a loaded model, of which a copy is trained.
+        A name for `catalog.fetch`, or a loaded model, of which a copy is trained; such as one from `keep_layers`.
     template : str or Template
         Its text must end with {history} and have no other field.
     objective : {"catalogue", "tokens"}
@@ -145,8 +146,6 @@ def finetune(
         Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
     rank : int
         Rows of A, for "lora".
-    n_layers : int, optional
-        Keep only the first so many Transformer layers.
     pretrained : bool
         False: the same architecture from random weights (control).
     titles : sequence of str [n_items], optional
@@ -176,7 +175,7 @@ def finetune(
     """
     whole = (rank, epochs, window_tokens, batch_tokens, train_users, seed, valid_users)
     rank, epochs, window_tokens, batch_tokens, train_users, seed, valid_users = map(operator.index, whole)
-    n_layers, valid_every = (None if n is None else operator.index(n) for n in (n_layers, valid_every))
+    valid_every = None if valid_every is None else operator.index(valid_every)
     settings = {n: v for n, v in locals().items() if v is None or isinstance(v, str | int | float)}  # all that is plain
     template = get_template(template)
     titles = split.dataset.titles if titles is None else list(titles)
@@ -205,7 +204,7 @@ def finetune(
     on_device = choose_device(device)
     computed_in = choose_dtype(dtype, on_device)
     loaded, tokenizer = catalog.load_causal(llm) if isinstance(llm, str) else llm
-    model = _base_model(loaded, n_layers, pretrained, seed).to(on_device)
+    model = _base_model(loaded, pretrained, seed).to(on_device)
     del settings["progress"]
     settings |= {"dtype": str(computed_in), "device": on_device.type, "validate": validate is not None}
     settings |= {"llm": llm if isinstance(llm, str) else type(model).__name__, "template": template.name}
@@ -253,29 +252,14 @@ def finetune(
 # The model: what is kept of it, what is trained in it
 
 
-def _base_model(model: PreTrainedModel, n_layers: int | None, pretrained: bool, seed: int) -> PreTrainedModel:
+def _base_model(model: PreTrainedModel, pretrained: bool, seed: int) -> PreTrainedModel:
     if pretrained:
         model = copy.deepcopy(model)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = type(model)(copy.deepcopy(model.config))
-    layers = _layers(model)
-    if n_layers is not None:
-        if not 1 <= n_layers <= len(layers):
-            raise ValueError(f"n_layers is {n_layers}; it must lie in 1..{len(layers)}, the layers of this model")
-        del layers[n_layers:]
-        model.config.num_hidden_layers = n_layers
-        if getattr(model.config, "layer_types", None):
-            model.config.layer_types = model.config.layer_types[:n_layers]
     return model.float().eval()  # evaluation mode also while training: no dropout
-
-
-def _layers(model: nn.Module) -> nn.ModuleList:
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise ValueError(f"llm: {type(model).__name__} has no list of layers (nn.ModuleList) to train")
-    return max(lists, key=len)
 
 
 def _trainable(model: PreTrainedModel, method: str, rank: int, seed: int) -> dict[str, nn.Parameter]:
@@ -285,7 +269,7 @@ def _trainable(model: PreTrainedModel, method: str, rank: int, seed: int) -> dic
         if module is not None:
             module.requires_grad_(False)
     if method == "lora":
-        low_rank.add_low_rank(_layers(model), rank, torch.Generator().manual_seed(seed))
+        low_rank.add_low_rank(transformer_layers(model), rank, torch.Generator().manual_seed(seed))
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -471,7 +455,7 @@ def _train(
     """Train from the checkpoint, or from the beginning, to the end; tokens, seconds, FLOPs and the curve."""
     epochs, valid_every = settings["epochs"], settings["valid_every"]
     optimizer = torch.optim.AdamW(trainable.values(), weight_decay=WEIGHT_DECAY, fused=True)
-    weights = [part.weight for part in low_rank.matrices(_layers(model)).values()]
+    weights = [part.weight for part in low_rank.matrices(transformer_layers(model)).values()]
     weights += trainable.values() if settings["method"] == "lora" else []
     token_flops = sum((6 if weight.requires_grad else 4) * weight.numel() for weight in weights)
     if (state := _load(checkpoint, trainable, optimizer)) is None:

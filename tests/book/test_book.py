@@ -8,11 +8,11 @@ import shutil
 from html import unescape
 from pathlib import Path
 
+import executed_runs
 import nbformat
 import pytest
 import yaml
-
-from llmrec_lib.study.book import BookError, build_book
+from build_book import BookError, build_book
 
 ROOT = Path(__file__).parents[2]
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
@@ -20,9 +20,6 @@ PAGES = [entry["file"] for part in TOC["parts"] for entry in part["chapters"]]
 CHAPTERS = [Path(page).name for page in PAGES if page.startswith("book/executed/")]
 VERDICT = "**Not shown on stand-in data**: nothing was computed"
 
-spec = importlib.util.spec_from_file_location("executed_runs", ROOT / "book/_ext/executed_runs.py")
-executed_runs = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(executed_runs)
 PNG = (  # one white pixel
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8/5+hHgAHggJ/PchI7wAAAABJRU5ErkJggg=="
 )
@@ -80,6 +77,8 @@ def source(tmp_path_factory):
         shutil.copy(ROOT / name, root / name)
     shutil.copytree(ROOT / "book", root / "book", ignore=shutil.ignore_patterns("executed", "__pycache__"))
     (root / "book/executed").mkdir()
+    (root / "benchmarks").mkdir()
+    shutil.copy(ROOT / "benchmarks/results.json", root / "benchmarks")
     for name in CHAPTERS:
         nbformat.write(stand_in(name), root / f"book/executed/{name}.ipynb")
     return root
@@ -128,6 +127,19 @@ def test_the_status_page_says_when_where_and_from_what(html):
     for part in ("2026-01-02 03:04", "1 min 15 s", "1.2 GB", "Some CPU, 2 cores", "abababababab", "torch 9.9"):
         assert part in text, part
     assert all(re.search(rf'href="executed/{name}.html"', (html / "book/status.html").read_text()) for name in CHAPTERS)
+
+
+@pytest.mark.slow
+def test_the_speed_page_shows_each_measurement(html):
+    page = html / "book/speed.html"
+    text = unescape(words(page))
+    for row in json.loads((ROOT / "benchmarks/results.json").read_text()):
+        if "factor" in row:
+            continue
+        cells = row["name"], f"{row['ours']:.3g}", f"{row['peer']:.3g}", row["unit"], f"{row['ratio']:.1f} ×"
+        assert re.search(r"\s+".join(map(re.escape, cells)), text), row["name"]
+    image = re.search(r'<img alt="Two panels[^"]*" src="([^"]+)"', page.read_text(encoding="utf-8"))
+    assert (page.parent / image.group(1)).is_file()
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def text(parts):
 
 def backbone(parts):
     model = tiny_llama(), None
-    settings = {"n_layers": 1, "epochs": 20, "eval_step": 5, "learning_rate": 0.005, "train_batch_size": 8}
+    settings = {"epochs": 20, "eval_step": 5, "learning_rate": 0.005, "train_batch_size": 8}
     return train_backbone(parts, item_embeddings(parts.dataset), model, progress=False, **settings)
 
 

@@ -11,7 +11,8 @@ from llmrec_lib import _recbole
 from llmrec_lib.baselines import train
 from llmrec_lib.evaluation import evaluate
 from llmrec_lib.language_models import backbone
-from llmrec_lib.language_models.backbone import DEFAULTS, first_layers, train_backbone
+from llmrec_lib.language_models.backbone import DEFAULTS, causal_body, train_backbone
+from llmrec_lib.language_models.compress import keep_layers
 from llmrec_lib.language_models.low_rank import LowRank, add_low_rank
 from tests.contract.test_recommenders import item_embeddings
 from tests.unit.tiny_models import tiny_bert, tiny_llama
@@ -32,7 +33,7 @@ SMALL = {"MAX_ITEM_LIST_LENGTH": 6, "out_size": 16, "epochs": 2, "eval_step": 1,
 
 
 def settings(kind="llama", parts=None, **changes):
-    own = {"n_layers": 1, "tuning": "frozen", "pretrained": True, "rank": 3, "item_input": "text+id"}
+    own = {"tuning": "frozen", "pretrained": True, "rank": 3, "item_input": "text+id"}
     embeddings = backbone._unit_rows(item_embeddings(parts.dataset), parts.dataset.n_items)
     objects = {"language_model": MODELS[kind](), "item_embeddings": embeddings}
     made = {**DEFAULTS, **SMALL, **own, **objects, **changes}
@@ -46,15 +47,14 @@ def built(parts, *args, **changes):
 
 def tiny(parts, kind="llama", **changes):
     embeddings = item_embeddings(parts.dataset)
-    options = {"n_layers": 1, "progress": False, **SMALL, **changes}
-    return train_backbone(parts, embeddings, (MODELS[kind](), None), **options)
+    return train_backbone(parts, embeddings, (MODELS[kind](), None), **{"progress": False, **SMALL, **changes})
 
 
 @pytest.mark.parametrize("item_input", ["text", "id", "text+id"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_loss_at_every_position(checkerboard_split, kind, item_input):
     """The mean cross entropy over all prefixes, one at a time and without padding, by the language model's own layers."""
-    made = built(checkerboard_split, kind, item_input=item_input, n_layers=2)
+    made = built(checkerboard_split, kind, item_input=item_input)
     net, batch, lm = made.model.eval(), next(iter(made.loader)), MODELS[kind]()
     texts, table, state = made.config["item_embeddings"], lm.get_input_embeddings().weight, net.state_dict()
     losses = []
@@ -79,10 +79,10 @@ def test_loss_at_every_position(checkerboard_split, kind, item_input):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_fewer_layers_are_the_first_ones(kind):
+def test_body_of_fewer_layers(kind):
     model = MODELS[kind]()
     before = copy.deepcopy(model.state_dict())
-    body, length = first_layers(model, 1)
+    body, length = causal_body(keep_layers(model, 1))
     x = torch.randn(1, 5, 32)
     hidden = []
     layers = next(child for child in model.base_model.children() if isinstance(child, torch.nn.ModuleList))
@@ -120,7 +120,7 @@ def test_what_is_trained(checkerboard_split, kind, tuning):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_adapters_start_as_nothing_and_have_their_rank(kind):
-    body, _ = first_layers(MODELS[kind](), 2)
+    body, _ = causal_body(MODELS[kind]())
     x = torch.randn(2, 4, 32)
     with torch.no_grad():
         plain = body(inputs_embeds=x).last_hidden_state
@@ -166,7 +166,7 @@ def test_learns_the_right_ranking(checkerboard_split, kind, tuning):
 def test_the_control_has_other_weights(checkerboard_split):
     arms = {}
     for case, changes in {"pre-trained": {}, "random": {"pretrained": False}}.items():
-        arms[case] = tiny(checkerboard_split, **changes)
+        arms[case] = tiny(checkerboard_split, seed=1, **changes)  # the tiny model is itself random, from seed 0
     weights = {case: dict(arm.model.body.named_parameters()) for case, arm in arms.items()}
     source = dict(tiny_llama().base_model.named_parameters())
     name = "layers.0.self_attn.q_proj.weight"
@@ -175,7 +175,7 @@ def test_the_control_has_other_weights(checkerboard_split):
     assert not torch.allclose(weights["random"][name].cpu(), source[name])
     assert not torch.allclose(*(arm.score(USERS) for arm in arms.values()))
     assert arms["random"].describe() != arms["pre-trained"].describe()
-    other = tiny(checkerboard_split, pretrained=False, seed=1)
+    other = tiny(checkerboard_split, pretrained=False, seed=2)
     assert not torch.equal(dict(other.model.body.named_parameters())[name], weights["random"][name])
 
 
@@ -190,7 +190,7 @@ def test_a_second_call_does_not_train(checkerboard_split, monkeypatch, tmp_path,
     monkeypatch.undo()
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
     embeddings = item_embeddings(checkerboard_split.dataset)
-    options = {"n_layers": 1, "progress": False, "tuning": tuning, **SMALL}
+    options = {"progress": False, "tuning": tuning, **SMALL}
     train_backbone(checkerboard_split, embeddings, (tiny_llama(1), None), **options)  # other weights
     train_backbone(checkerboard_split, embeddings.flip(1), (tiny_llama(), None), **options)  # other texts
     assert len(list((tmp_path / "backbones").glob("*.safetensors"))) == 3
@@ -203,7 +203,7 @@ def test_training_is_decided_by_the_seed_and_leaves_the_process_alone(checkerboa
         torch.manual_seed(run)
         model = tiny_llama(), None
         before = torch.get_rng_state()
-        options = {"n_layers": 2, "tuning": "lora", "progress": False, **SMALL}
+        options = {"tuning": "lora", "progress": False, **SMALL}
         arm = train_backbone(checkerboard_split, item_embeddings(checkerboard_split.dataset), model, **options)
         assert torch.equal(torch.get_rng_state(), before)
         scores.append(arm.score(USERS))
@@ -211,7 +211,7 @@ def test_training_is_decided_by_the_seed_and_leaves_the_process_alone(checkerboa
 
 
 def test_ids_need_no_texts(checkerboard_split):
-    options = {"n_layers": 1, "item_input": "id", "progress": False, **SMALL}
+    options = {"item_input": "id", "progress": False, **SMALL}
     arms = [
         train_backbone(checkerboard_split, embeddings, (tiny_llama(), None), **options)
         for embeddings in (None, item_embeddings(checkerboard_split.dataset))
@@ -224,8 +224,6 @@ def test_ids_need_no_texts(checkerboard_split):
     [
         ({"tuning": "all"}, "tuning is 'all'.*frozen.*lora.*full"),
         ({"item_input": "ids"}, "item_input is 'ids'.*text"),
-        ({"n_layers": 3}, "n_layers is 3; LlamaForCausalLM has 1 to 2"),
-        ({"n_layers": 0}, "n_layers is 0"),
         ({"tuning": "lora", "rank": 0}, "rank is 0"),
         ({"MAX_ITEM_LIST_LENGTH": 300}, "MAX_ITEM_LIST_LENGTH is 300; the language model reads 256"),
     ],
@@ -250,8 +248,8 @@ def test_wrong_embeddings_are_refused(checkerboard_split):
 
 def test_wrong_models_are_refused():
     with pytest.raises(ValueError, match="BertModel sees later positions"):
-        first_layers(tiny_bert(), 1)
+        causal_body(tiny_bert())
     adapted = tiny_llama()
     add_low_rank(adapted.base_model, 2)
     with pytest.raises(ValueError, match=r"lacks layers.0.*merge adapters"):
-        first_layers(adapted, 1)
+        causal_body(adapted)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from llmrec_lib.language_models import finetune as module
+from llmrec_lib.language_models.compress import keep_layers
 from llmrec_lib.language_models.encoder import TextEncoder
 from llmrec_lib.language_models.finetune import finetune, load_adapter
 from llmrec_lib.llm_based import TitleLikelihoodRecommender, catalogue_likelihood
@@ -217,8 +218,8 @@ def test_training_teaches_which_items_go_together(checkerboard_split, tokenizer,
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_adapter_is_the_model(checkerboard_split, tokenizer, name, tmp_path):
-    model, ids = MODELS[name](), torch.arange(2, 40)[None]
-    tuned = finetune(checkerboard_split, (model, tokenizer), method="lora", rank=3, epochs=2, n_layers=1, **SMALL)
+    model, ids = keep_layers(MODELS[name](), 1), torch.arange(2, 40)[None]
+    tuned = finetune(checkerboard_split, (model, tokenizer), method="lora", rank=3, epochs=2, **SMALL)
     tuned.save_adapter(tmp_path / "a.safetensors")
     assert {tensor.dtype for tensor in tuned.adapter.values()} == {torch.bfloat16}
     assert any(tensor.abs().max() > 0 for key, tensor in tuned.adapter.items() if key.endswith(".b"))
@@ -226,9 +227,10 @@ def test_adapter_is_the_model(checkerboard_split, tokenizer, name, tmp_path):
     assert torch.equal(loaded(ids).logits, tuned.model(ids).logits)
     assert {n for n, _ in loaded.named_parameters()} == {n for n, _ in tuned.model.named_parameters()}
     assert not torch.allclose(tuned.model(ids).logits, model(ids).logits)
-    with pytest.raises(ValueError, match="trained on other weights"):
-        load_adapter(tiny_llama(seed=5), tmp_path / "a.safetensors")
-    full = finetune(checkerboard_split, (model, tokenizer), n_layers=1, **SMALL)
+    for other in (tiny_llama(seed=5), MODELS[name]()):
+        with pytest.raises(ValueError, match="trained on other weights"):
+            load_adapter(other, tmp_path / "a.safetensors")
+    full = finetune(checkerboard_split, (model, tokenizer), **SMALL)
     with pytest.raises(ValueError, match="only 'lora'"):
         full.save_adapter(tmp_path / "b.safetensors")
 
@@ -422,7 +424,6 @@ def test_bfloat16_keeps_float32_weights(checkerboard_split, tokenizer):
         ({"train_users": -1}, "train_users is -1; it must be 0 or more"),
         ({"valid_users": -1}, "valid_users is -1; it must be 0 or more"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be more than 0"),
-        ({"n_layers": 3}, r"n_layers is 3; it must lie in 1\.\.2"),
         ({"window_tokens": 8}, "window_tokens is 8; it must lie in"),
         ({"window_tokens": 512, "batch_tokens": 512}, "window_tokens is 512; it must lie in .* to 256"),
         ({"batch_tokens": 50}, "batch_tokens is 50; it must be at least window_tokens, 54"),

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import llmrec_lib
 from llmrec_lib.cache import content_key
 
 EXECUTED = "book/executed"
@@ -36,11 +37,12 @@ def build_book(executed: str | Path = EXECUTED, out: str | Path = "_build/html",
     executed, out, root = Path(executed).resolve(), Path(out).resolve(), Path(root).resolve()
     notebooks = {Path(EXECUTED, path.name): path for path in executed_notebooks(root / "_toc.yml", executed)}
     files = [root / "_config.yml", root / "_toc.yml", *root.glob("*.md"), *(root / "book").rglob("*")]
+    files += root.glob("benchmarks/*.json")
     sources = {path.relative_to(root): path for path in files if path.is_file()}
     skipped = {"executed", "__pycache__"}
     sources = {name: path for name, path in sources.items() if not skipped.intersection(name.parts)} | notebooks
     # The API reference is made from the library's docstrings, all pages by the packages of the lock.
-    made_by = [*sorted(Path(__file__).parents[1].rglob("*.py")), *root.glob("requirements.lock")]
+    made_by = [*sorted(Path(llmrec_lib.__file__).parent.rglob("*.py")), *root.glob("requirements.lock")]
     key = content_key({str(name): path for name, path in sources.items()}, made_by)
     index, key_file = out / "index.html", out / KEY_FILE
     made = index.is_file() and key_file.is_file() and key_file.read_text(encoding="utf-8") == key
@@ -100,7 +102,7 @@ def _jupyter_book(stage: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m llmrec_lib.study.book", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--executed", default=EXECUTED, help="folder of the executed notebooks (default: %(default)s)")
     parser.add_argument("--out", default="_build/html", help="folder of the finished pages (default: %(default)s)")
     options = parser.parse_args(arguments)

@@ -2,8 +2,7 @@
 
 import nbformat
 import pytest
-
-from llmrec_lib.study.book import BookError, build_book, main, notebook_faults
+from build_book import BookError, build_book, main, notebook_faults
 
 CONFIG = """title: Small
 author: nobody
