@@ -140,6 +140,11 @@ class StatedNeeds:
     column : an item column such as "class"; by default the item column whose words repeat most, else the title.
     seed : which item and which word.
     min_items : a rarer word would name the item.
+
+    Attributes
+    ----------
+    words : list of str [n_words]; the last is "", which nobody states.
+    items : csr_matrix [n_words, n_items], where a word fits an item.
     """
 
     def __init__(self, split: Split, column: str = "", seed: int = 0, min_items: int = 10) -> None:
@@ -156,13 +161,13 @@ class StatedNeeds:
         if self.column == split.dataset.title_column:
             usable &= [word.lower() not in ENGLISH_STOP_WORDS for word in words]
         self.words = [*words[usable], ""]
-        nothing = sp.csc_matrix((fits.shape[0], 1))  # the last word, which nobody states
-        self._items = sp.hstack([fits[:, usable], nothing]).T.tocsr()  # [n_words, n_items]
+        nothing = sp.csc_matrix((fits.shape[0], 1))
+        self.items = sp.hstack([fits[:, usable], nothing]).T.tocsr()
         self._word_of = {phase: self._choose(split.targets(phase), seed) for phase in ("valid", "test")}
         self.fingerprint = content_key(self.column, self.words, self._word_of)
 
     def _choose(self, targets: sp.csr_matrix, seed: int) -> np.ndarray:
-        rng, words_of = np.random.default_rng(seed), self._items.T.tocsr()
+        rng, words_of = np.random.default_rng(seed), self.items.T.tocsr()
         chosen = np.full(targets.shape[0], len(self.words) - 1)
         for user in np.flatnonzero(np.diff(targets.indptr)):
             for item in rng.permutation(targets[user].indices):
@@ -177,7 +182,7 @@ class StatedNeeds:
 
     def fitting(self, users: ArrayLike, phase: str) -> np.ndarray:
         """Which items the words of users [n] fit, bool [n, n_items]."""
-        return self._items[self._word_of[phase][np.asarray(users)]].toarray() > 0
+        return self.items[self._word_of[phase][np.asarray(users)]].toarray() > 0
 
 
 def _category_column(split: Split) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Encoders read about 128 tokens: the newest titles first in line, then the profile.
 USER_TEXT = Template("user_text", "{history} {profile}", max_items=10)
+USER_TEXT_WITH_NEED = Template("user_text_with_need", "{need}. {history} {profile}", max_items=10)
 
 
 def embed_items(split: Split, encoder: TextEncoder, whiten: bool = True) -> tuple[FloatTensor, Whitening | None]:
@@ -42,9 +43,13 @@ def embed_items(split: Split, encoder: TextEncoder, whiten: bool = True) -> tupl
 
 
 def embed_users(
-    split: Split, encoder: TextEncoder, users: Sequence[int], whitening: Whitening | None = None
+    split: Split,
+    encoder: TextEncoder,
+    users: Sequence[int],
+    whitening: Whitening | None = None,
+    needs: StatedNeeds | None = None,
 ) -> dict[str, FloatTensor]:
-    """M(E(U)): embeddings of what is known of the users in words, for each phase.
+    """M(E(U, N)): embeddings of what is known of the users in words, and of what they state, for each phase.
 
     Returns
     -------
@@ -52,7 +57,8 @@ def embed_users(
     """
     embeddings = {}
     for phase in PHASES:
-        rows = encoder.encode(user_prompts(split, users, phase, USER_TEXT), progress=False)
+        template, stated = (USER_TEXT, "") if needs is None else (USER_TEXT_WITH_NEED, needs.texts(users, phase))
+        rows = encoder.encode(user_prompts(split, users, phase, template, need=stated), progress=False)
         rows = rows if whitening is None else whitening.transform(rows)
         embeddings[phase] = torch.zeros(split.dataset.n_users, rows.shape[1])
         embeddings[phase][torch.as_tensor(np.asarray(users, dtype=np.int64))] = rows

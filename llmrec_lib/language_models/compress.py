@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from llmrec_lib.language_models import catalog
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def transformer_layers(model: nn.Module) -> nn.ModuleList:
@@ -84,3 +86,23 @@ def layer_influence(model: PreTrainedModel, tokens: Sequence[Sequence[int]]) -> 
         for hook in hooks:
             hook.remove()
     return torch.stack([torch.cat(changes[layer]).mean() for layer in layers])
+
+
+def shorten(
+    llm: str | tuple[PreTrainedModel, PreTrainedTokenizerBase], texts: Sequence[str], n_layers: int
+) -> tuple[tuple[PreTrainedModel, PreTrainedTokenizerBase], Tensor]:
+    """A language model of its `n_layers` most influential layers (all, if it has fewer), and the influence of each layer.
+
+    Parameters
+    ----------
+    llm : name for `catalog.fetch`, or a loaded model, which stays as it is, with its tokenizer.
+    texts : such as the model will read; `layer_influence` is measured on them.
+
+    Returns
+    -------
+    (model, tokenizer), influence float64 [layers of the whole model]
+    """
+    model, tokenizer = catalog.load_causal(llm) if isinstance(llm, str) else llm
+    influence = layer_influence(model, tokenizer(list(texts))["input_ids"])
+    kept = influence.argsort(descending=True)[: max(0, n_layers)].tolist()
+    return (keep_layers(model, kept), tokenizer), influence

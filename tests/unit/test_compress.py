@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from llmrec_lib.language_models.compress import keep_layers, layer_influence, transformer_layers
+from llmrec_lib.language_models.compress import keep_layers, layer_influence, shorten, transformer_layers
 from tests.unit.tiny_models import tiny_bert, tiny_llama
 
 
@@ -123,3 +123,22 @@ def test_models_of_any_kind():
     assert len(transformer_layers(tiny_llama())) == 2
     with pytest.raises(ValueError, match="Linear has no list of layers"):
         transformer_layers(torch.nn.Linear(2, 2))
+
+
+def test_shortened_model_keeps_what_matters_most():
+    model = llama()
+
+    def tokenizer(texts):
+        return {"input_ids": [[ord(character) % 50 for character in text] for text in texts]}
+
+    texts = ["a prompt", "another one"]
+    (small, same), influence = shorten((model, tokenizer), texts, 2)
+    assert same is tokenizer
+    assert torch.equal(influence, layer_influence(model, tokenizer(texts)["input_ids"]))
+    kept = sorted(influence.topk(2).indices.tolist())
+    with torch.no_grad():
+        assert torch.equal(small(IDS).logits, keep_layers(model, kept)(IDS).logits)
+        whole, _ = shorten((model, tokenizer), texts, 9)
+        assert torch.equal(whole[0](IDS).logits, model(IDS).logits)
+    with pytest.raises(ValueError, match="keep one or more"):
+        shorten((model, tokenizer), texts, 0)

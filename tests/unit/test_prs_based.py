@@ -133,3 +133,14 @@ def test_a_need_puts_fitting_items_first_and_keeps_both_orders(checkerboard_spli
         assert fits[order].tolist() == sorted(fits.tolist(), reverse=True)
         before = plain[row].argsort(descending=True)
         assert order.tolist() == [*before[fits[before]].tolist(), *before[~fits[before]].tolist()]
+
+
+def test_a_need_is_read_with_the_user(checkerboard_split):
+    encoder, needs = Letters(), StatedNeeds(checkerboard_split, min_items=4)
+    embeddings = embed_users(checkerboard_split, encoder, [3, 9], needs=needs)
+    plain = Letters()
+    embed_users(checkerboard_split, plain, [3, 9])
+    stated = [word for phase in ("valid", "test") for word in needs.texts([3, 9], phase)]
+    assert set(stated) <= {"odd", "even"}
+    assert encoder.read == [f"{word}. {text}" for word, text in zip(stated, plain.read, strict=True)]
+    assert embeddings["test"].abs().sum(dim=1).nonzero().flatten().tolist() == [3, 9]
