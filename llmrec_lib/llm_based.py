@@ -14,6 +14,7 @@ from llmrec_lib.recommender import Recommender
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from llmrec_lib.language_models.finetune import FineTuned
     from llmrec_lib.language_models.likelihood import TitleLikelihood
     from llmrec_lib.prompts import StatedNeeds
     from llmrec_lib.splits import Split
@@ -106,3 +107,38 @@ class TitleLikelihoodRecommender(Recommender):
     def describe(self) -> dict:
         parts = {"likelihood": self.likelihood, "needs": self.needs}
         return {**super().describe(), **{name: part and part.fingerprint for name, part in parts.items()}}
+
+
+def finetune_shortened(
+    split: Split,
+    llm: str | tuple[PreTrainedModel, PreTrainedTokenizerBase] = "smollm2-135m",
+    n_layers: int = 8,
+    template: str = "history",
+    titles: Sequence[str] | None = None,
+    valid_users: int = 50,
+    **options: Any,
+) -> FineTuned:
+    """The study's recipe: keep a model's most influential layers, fine-tune it on the training histories, watch validation.
+
+    Influence is measured on the validation prompts of 20 users. The curve has loss and NDCG@10 over the whole catalogue
+    for `valid_users` validation users, before the first step and after each epoch.
+
+    Parameters
+    ----------
+    n_layers : see `compress.shorten`.
+    titles : as for `catalogue_likelihood`.
+    **options : of `finetune`, such as epochs, train_users or pretrained.
+    """
+    from llmrec_lib.evaluation import evaluate
+    from llmrec_lib.language_models.compress import shorten
+    from llmrec_lib.language_models.finetune import finetune
+
+    def ndcg(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+        likelihood = catalogue_likelihood(split, (model, tokenizer), template, titles)
+        arm = TitleLikelihoodRecommender(split, likelihood, template, over="catalogue", progress=False)
+        return evaluate(arm, split, "valid", users=split.eval_users("valid", valid_users), ks=[10]).mean("ndcg@10")
+
+    prompts = user_prompts(split, split.eval_users("valid", 20), "valid", template)
+    shortened, _ = shorten(llm, prompts, n_layers)
+    watched = {"valid_users": valid_users, "validate": ndcg}
+    return finetune(split, shortened, template=template, titles=titles, **watched, **options)

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from llmrec_lib.evaluation import evaluate
 from llmrec_lib.language_models import finetune as module
-from llmrec_lib.language_models.compress import keep_layers
+from llmrec_lib.language_models.compress import keep_layers, shorten
 from llmrec_lib.language_models.encoder import TextEncoder
 from llmrec_lib.language_models.finetune import finetune, load_adapter
-from llmrec_lib.llm_based import TitleLikelihoodRecommender, catalogue_likelihood
+from llmrec_lib.llm_based import TitleLikelihoodRecommender, catalogue_likelihood, finetune_shortened
 from llmrec_lib.prompts import get_template, item_titles, user_prompts
 from llmrec_lib.splits import LeakError
 from tests.unit.tiny_models import tiny_llama, tiny_tokenizer
@@ -214,6 +215,24 @@ def test_training_teaches_which_items_go_together(checkerboard_split, tokenizer,
         assert row[1:].softmax(0)[torch.tensor(parity == own)].sum() > 0.5
     vectors = TextEncoder((tuned.model.base_model, tokenizer), dtype="float32").encode(["even story 2"], progress=False)
     assert vectors.shape == (1, 32)
+
+
+def test_recipe_of_the_study(checkerboard_split, tokenizer):
+    """Most influential layers, then the very same training; the curve ends with the NDCG of the model that is given back."""
+    given, options = (tiny_llama(), tokenizer), {"epochs": 2, "learning_rate": 1e-2, **SMALL}
+    titles = ["", *checkerboard_split.dataset.titles[:0:-1]]
+    tuned = finetune_shortened(checkerboard_split, given, 1, titles=titles, valid_users=6, **options)
+    prompts = user_prompts(checkerboard_split, checkerboard_split.eval_users("valid", 20), "valid")
+    small, _ = shorten(given, prompts, 1)
+    plain = finetune(checkerboard_split, small, titles=titles, **options)
+    pairs = zip(tuned.model.parameters(), plain.model.parameters(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    assert tuned.curve["valid_ndcg"].notna().sum() == tuned.curve["valid_loss"].notna().sum() == 3
+    likelihood = catalogue_likelihood(checkerboard_split, (tuned.model, tokenizer), titles=titles)
+    arm = TitleLikelihoodRecommender(checkerboard_split, likelihood, over="catalogue", progress=False)
+    users = checkerboard_split.eval_users("valid", 6)
+    ndcg = evaluate(arm, checkerboard_split, "valid", users=users, ks=[10]).mean("ndcg@10")
+    assert tuned.curve["valid_ndcg"].iloc[-1] == pytest.approx(ndcg, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
