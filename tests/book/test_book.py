@@ -46,7 +46,8 @@ def stand_in(name):
     outputs = [nbformat.v4.new_output("stream", name="stdout", text=f"{name} ran\n")]
     if name == "06_fusion":
         outputs += [glue_output(key, {"text/plain": repr(value)}) for key, value in GLUED.items()]
-        outputs.append(glue_output("gain_figure", {"image/png": PNG, "text/plain": "<Figure size 1x1 with 1 Axes>"}))
+        image = {"image/png": PNG, "text/plain": "<Figure size 1x1 with 1 Axes>"}
+        outputs += [glue_output(name, image) for name in ("gain_figure", "lm_gain_figure")]
     cells = [
         nbformat.v4.new_markdown_cell(f"# {name[3:]}\n\nA formula: $x_i = \\sum_j S_{{ij}}$"),
         nbformat.v4.new_code_cell("print('ran')", execution_count=1, outputs=outputs),
