@@ -77,7 +77,7 @@ def gain_plot(comparisons: pd.DataFrame, ax: Axes | None = None) -> Axes:
         _points(ax, part, part["difference"], color=PALETTE[0], markerfacecolor=face, marker="o", label=label)
     ax.set_yticks(rows["place"], rows.index)
     ax.set_xlabel(f"difference in {', '.join(map(_label, rows['metric'].unique()))}, with 95 % interval")
-    ax.locator_params(axis="x", nbins=5)
+    ax.locator_params(axis="x", nbins=3)  # more labels than that run into each other
     _legend_above(ax)
     return ax
 
