@@ -48,8 +48,7 @@ def run(parameters: tuple[tuple[str, str], ...], **options: object) -> None:
     # Ends like Ctrl-C, so that the kernel is shut down and no half-written file stays.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     outcomes = study.run(parameters=dict(parameters), report=click.echo, **options)
-    failed = [outcome.chapter for outcome in outcomes if outcome.status == "failed"]
-    if failed:
+    if failed := [outcome.chapter for outcome in outcomes if outcome.status == "failed"]:
         raise click.ClickException(f"{len(failed)} of {len(outcomes)} chapters failed: {', '.join(failed)}")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import FloatTensor, LongTensor
@@ -93,27 +92,6 @@ class _Fusion(Recommender):
         return {**super().describe(), "arms": [arm.describe() for arm in self.arms]}
 
 
-class ParallelFusion(_Fusion):
-    """Arms run side by side and are judged together: ``s = Σ_a norm(s_a)``, each arm the same weight.
-
-    Parameters
-    ----------
-    arms : recommenders of one split.
-    rule : "z" | "minmax" | "borda" | "rrf"
-        CombSUM over z-scores or min–max scores (Fox & Shaw 1994), Borda count, or reciprocal rank fusion.
-    """
-
-    def __init__(self, arms: Sequence[Recommender], rule: str = "z", name: str | None = None) -> None:
-        if rule not in NORMALISERS:
-            raise ValueError(f"no rule {rule!r}; there are {', '.join(NORMALISERS)}")
-        super().__init__(arms, name or f"{' + '.join(arm.name for arm in arms)} ({rule})")
-        self.rule = rule
-
-    def score(self, users: LongTensor) -> FloatTensor:
-        normalised = [NORMALISERS[self.rule](scores) for scores in self.masked_arm_scores(users)]
-        return _unmasked(torch.stack(normalised).sum(dim=0))
-
-
 class HybridFusion(_Fusion):
     """Weighted: ``s = Σ_a w_a · norm(s_a)``, with a weight for each arm, or for each arm and user.
 
@@ -149,6 +127,20 @@ class HybridFusion(_Fusion):
 
     def describe(self) -> dict:
         return {**super().describe(), "weights": "callable" if callable(self.weights) else list(self.weights)}
+
+
+class ParallelFusion(HybridFusion):
+    """Arms run side by side and are judged together: ``s = Σ_a norm(s_a)``, each arm the same weight.
+
+    Parameters
+    ----------
+    arms : recommenders of one split.
+    rule : "z" | "minmax" | "borda" | "rrf"
+        CombSUM over z-scores or min–max scores (Fox & Shaw 1994), Borda count, or reciprocal rank fusion.
+    """
+
+    def __init__(self, arms: Sequence[Recommender], rule: str = "z", name: str | None = None) -> None:
+        super().__init__(arms, [1.0] * len(arms), rule, name or f"{' + '.join(arm.name for arm in arms)} ({rule})")
 
 
 class SequentialFusion(_Fusion):
@@ -232,16 +224,9 @@ def retrieval_ceiling(
     DataFrame
         ``n``, ``recall``: share of each user's targets among the top n, mean over users.
     """
-    users = split.eval_users(phase) if users is None else np.asarray(users)
-    order, targets, view = tie_order(split.dataset.n_items), split.targets(phase), retriever.at(phase)
-    deepest = min(max(ns), split.dataset.n_items - 1)
-    found = []
-    for batch in torch.as_tensor(users).split(256):
-        top = top_k(mask_seen(view.score(batch).float().clone(), split, batch, phase), deepest, order).numpy()
-        hits = np.take_along_axis(targets[batch.numpy()].toarray() > 0, top, axis=1)
-        found.append(np.cumsum(hits, axis=1) / np.diff(targets.indptr)[batch.numpy(), None])
-    recall = np.concatenate(found).mean(axis=0)
-    return pd.DataFrame({"n": list(ns), "recall": [recall[min(n, deepest) - 1] for n in ns]})
+    sizes = [min(n, split.dataset.n_items - 1) for n in ns]
+    found = evaluate(retriever, split, phase, method=f"{retriever.name} (ceiling)", ks=sizes, users=users)
+    return pd.DataFrame({"n": list(ns), "recall": [found.mean(f"recall@{size}") for size in sizes]})
 
 
 def tune(

@@ -82,19 +82,28 @@ class ItemSimilarityRecommender(Recommender):
 
     def __init__(self, split: Split, similarity: torch.Tensor | sp.spmatrix, name: str) -> None:
         super().__init__(split, name)
-        n_items = split.dataset.n_items
-        if tuple(similarity.shape) != (n_items, n_items):
-            raise ValueError(f"similarity is {tuple(similarity.shape)}; this data set needs ({n_items}, {n_items})")
+        if tuple(similarity.shape) != (needed := (self.n_items, self.n_items)):
+            raise ValueError(f"similarity is {tuple(similarity.shape)}; this data set needs {needed}")
         if not sp.issparse(similarity):
             similarity = similarity.detach().cpu().numpy()
         self.similarity = similarity.astype(np.float32, copy=False)
+        self.half_life: float | None = None
+
+    def recent(self, half_life: float) -> ItemSimilarityRecommender:
+        """The same, but the vote of an event halves with every `half_life` newer events of its user; 0 for equal votes."""
+        if not half_life >= 0:
+            raise ValueError(f"half_life is {half_life}; it must be more than 0, or 0 for votes that do not fade")
+        faded = copy.copy(self)
+        faded.half_life = half_life or None
+        return faded
 
     def score(self, users: LongTensor) -> FloatTensor:
-        history = self.split.history_matrix(self.phase)[users.numpy()]
+        history = self.split.history_matrix(self.phase, self.half_life)[users.numpy()]
         if sp.issparse(self.similarity):
             return torch.from_numpy((history @ self.similarity).toarray())
         items, starts = (torch.from_numpy(part).long() for part in (history.indices, history.indptr[:-1]))
-        return torch.nn.functional.embedding_bag(items, torch.from_numpy(self.similarity), starts, mode="sum")
+        how = {"mode": "sum", "per_sample_weights": torch.from_numpy(history.data)}
+        return torch.nn.functional.embedding_bag(items, torch.from_numpy(self.similarity), starts, **how)
 
     def describe(self) -> dict:
         dense = not sp.issparse(self.similarity)
@@ -119,8 +128,8 @@ class RecBoleRecommender(Recommender):
         return _recbole.full_sort_scores(self.model, self.split, users, self.phase)
 
     def describe(self) -> dict:
-        weights = content_key(dict(self.model.state_dict()))
-        return {**super().describe(), "model": type(self.model).__name__, "weights": weights}
+        model, weights = type(self.model).__name__, content_key(dict(self.model.state_dict()))
+        return {**super().describe(), "model": model, "weights": weights}
 
 
 class ScoreTable(Recommender):
@@ -146,8 +155,9 @@ class ScoreTable(Recommender):
     def score(self, users: LongTensor) -> FloatTensor:
         rows = self._rows[users]
         if (rows < 0).any():
-            missing = int(users[rows < 0][0])
-            raise KeyError(f"user {missing} is not among the {len(self._users)} users of this ScoreTable")
+            raise KeyError(
+                f"user {int(users[rows < 0][0])} is not among the {len(self._users)} users of this ScoreTable"
+            )
         if self.phase not in self._tables:
             arm = self.recommender.at(self.phase)
             self._tables[self.phase] = torch.cat([arm.score(batch) for batch in self._users.split(self.batch_size)])

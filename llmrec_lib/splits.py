@@ -115,9 +115,22 @@ class Split:
         """What is masked before ranking, for every method alike: "valid": train; "test": train and valid."""
         return self.matrix(_of_phase(phase, valid="train", test="train+valid"))
 
-    def history_matrix(self, phase: str) -> csr_matrix:
-        """What a method may read as input: "train" and "valid": train; "test": `test_history`."""
-        return self.matrix(_of_phase(phase, train="train", valid="train", test=self.test_history))
+    def history_matrix(self, phase: str, half_life: float | None = None) -> csr_matrix:
+        """What a method may read as input: "train" and "valid": train; "test": `test_history`.
+
+        With `half_life` h, the event n places before its user's newest counts 2^(−n / h) instead of 1. float32
+        """
+        part = _of_phase(phase, train="train", valid="train", test=self.test_history)
+        if half_life is None:
+            return self.matrix(part)
+        if ("history", part, half_life) not in self._kept:
+            owners, items = self.pairs(part)
+            age = np.searchsorted(owners, owners, side="right") - 1 - np.arange(len(owners))
+            weights = np.exp2(-age / half_life).astype(np.float32)
+            self._kept["history", part, half_life] = csr_matrix(
+                (weights, (owners, items)), shape=self.matrix(part).shape
+            )
+        return self._kept["history", part, half_life]
 
     def histories(self, users: ArrayLike, phase: str) -> list[np.ndarray]:
         """The items that a method may read for each of `users`, oldest first; the same rule as `history_matrix`."""

@@ -14,7 +14,7 @@ from llmrec_lib.evaluation.evaluate import evaluate
 from llmrec_lib.fusion import HybridFusion, ParallelFusion, SequentialFusion
 from llmrec_lib.language_models.backbone import train_backbone
 from llmrec_lib.llm_based import TitleLikelihoodRecommender, catalogue_likelihood
-from llmrec_lib.prs_based import UserTextRecommender, text_similarity
+from llmrec_lib.prs_based import UserTextRecommender, ease_with_text, text_similarity
 from llmrec_lib.recommender import ItemSimilarityRecommender, Recommender, ScoreTable
 from llmrec_lib.splits import split
 from tests.checkerboard import write_checkerboard
@@ -95,6 +95,8 @@ FACTORIES = {
         for rule in ("z", "minmax", "borda", "rrf")
     },
     "hybrid": lambda parts: HybridFusion(arms(parts), [1.0, 0.3]),
+    "fading votes": lambda parts: train("ease", parts).recent(4),
+    "ease + text": lambda parts: ease_with_text(parts, item_embeddings(parts.dataset), 30.0),
     "hybrid per user": lambda parts: HybridFusion(arms(parts), gate, rule="minmax"),
     "sequential": lambda parts: SequentialFusion(arms(parts), n_candidates=6, weights=0.5),
     "sequential, whole catalogue": lambda parts: SequentialFusion(arms(parts), n_candidates=100, weights=0.5),
@@ -105,7 +107,7 @@ FACTORIES = {
 }
 READS_NO_HISTORY = {"pop", "bpr", "lightgcn", "fm"}  # what training gave is all they know
 FINDS_PARITY = {"itemknn", "ease", "slim", "tfidf", "text", "user text", "table", "lightgcn", "fm"} | {
-    name for name in FACTORIES if name.startswith(("parallel", "hybrid", "nested"))
+    name for name in FACTORIES if name.startswith(("parallel", "hybrid", "nested", "fading", "ease +"))
 }
 
 
@@ -205,7 +207,9 @@ class TestContract:
         asked = set()
         history, sequences = type(recommender.split).history_matrix, type(recommender.split).histories
         monkeypatch.setattr(
-            type(recommender.split), "history_matrix", lambda self, phase: asked.add(phase) or history(self, phase)
+            type(recommender.split),
+            "history_matrix",
+            lambda self, phase, *how: asked.add(phase) or history(self, phase, *how),
         )
         monkeypatch.setattr(
             type(recommender.split),

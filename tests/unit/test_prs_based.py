@@ -9,7 +9,14 @@ import torch
 from llmrec_lib.baselines import keep_neighbours
 from llmrec_lib.evaluation.evaluate import mask_seen, tie_order, top_k
 from llmrec_lib.prompts import StatedNeeds
-from llmrec_lib.prs_based import NeedFilter, UserTextRecommender, embed_items, embed_users, text_similarity
+from llmrec_lib.prs_based import (
+    NeedFilter,
+    UserTextRecommender,
+    ease_with_text,
+    embed_items,
+    embed_users,
+    text_similarity,
+)
 
 USERS = torch.arange(1, 25)
 
@@ -144,3 +151,37 @@ def test_a_need_is_read_with_the_user(checkerboard_split):
     assert set(stated) <= {"odd", "even"}
     assert encoder.read == [f"{word}. {text}" for word, text in zip(stated, plain.read, strict=True)]
     assert embeddings["test"].abs().sum(dim=1).nonzero().flatten().tolist() == [3, 9]
+
+
+def test_ease_with_text_is_ease_with_more_rows(checkerboard_split):
+    """Weight 0 gives RecBole's EASE; else the closed form on the matrix with the text's dimensions as further rows."""
+    from llmrec_lib.baselines import train
+
+    parts = checkerboard_split
+    vectors = torch.from_numpy(np.random.default_rng(2).standard_normal((parts.dataset.n_items, 5))).float()
+    plain = train("ease", parts, progress=False).similarity[1:, 1:]
+    assert np.abs(ease_with_text(parts, vectors, 0.0).similarity[1:, 1:] - plain).max() < 1e-5
+    unit = torch.nn.functional.normalize(vectors, dim=1).double().numpy()
+    rows = np.concatenate([parts.matrix("train").toarray(), np.sqrt(30.0) * unit.T])[:, 1:]
+    inverse = np.linalg.inv(rows.T @ rows + 250.0 * np.eye(rows.shape[1]))
+    expected = inverse / -np.diag(inverse)
+    np.fill_diagonal(expected, 0.0)
+    found = ease_with_text(parts, vectors, 30.0).similarity[1:, 1:]
+    assert np.abs(found - expected).max() < 1e-5
+    assert np.abs(found - plain).max() > 1e-3
+
+
+def test_fading_votes(checkerboard_split):
+    """With a very short half-life only the newest event votes; with none the votes are equal; the original stays."""
+    from llmrec_lib.baselines import train
+
+    ease, users = train("ease", checkerboard_split, progress=False), torch.arange(1, 25)
+    newest = [history[-1] for history in checkerboard_split.histories(users.numpy(), "test")]
+    assert np.allclose(ease.recent(1e-3).score(users).numpy(), ease.similarity[newest], atol=1e-6)
+    assert torch.equal(ease.recent(0).score(users), ease.score(users))
+    assert torch.allclose(ease.recent(1e9).score(users), ease.score(users), atol=1e-6)
+    assert ease.half_life is None and ease.recent(4).describe() != ease.describe()
+    sparse = text_similarity(checkerboard_split, torch.eye(checkerboard_split.dataset.n_items)[:, :9] + 0.1, 5)
+    assert not torch.equal(sparse.recent(1).score(users), sparse.score(users))
+    with pytest.raises(ValueError, match="half_life is -1"):
+        ease.recent(-1)

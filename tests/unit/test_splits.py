@@ -241,3 +241,14 @@ def test_any_split_partitions_and_repeats(tmp_path_factory, events, protocol, se
         for row in parts.test:
             earlier = np.concatenate((parts.train, parts.valid))
             assert (time[earlier[user[earlier] == user[row]]] <= time[row]).all()
+
+
+def test_votes_of_a_history_fade(checkerboard_split):
+    """The newest event counts 1, the one before 2^(-1/h), by hand; nothing else of the history changes."""
+    for phase in ("valid", "test"):
+        whole, faded = (checkerboard_split.history_matrix(phase, half_life) for half_life in (None, 2.0))
+        assert (whole > 0).toarray().tolist() == (faded > 0).toarray().tolist()
+        users = np.arange(1, checkerboard_split.dataset.n_users)
+        for user, history in zip(users, checkerboard_split.histories(users, phase), strict=True):
+            expected = 2.0 ** (-np.arange(len(history))[::-1] / 2.0)
+            assert faded[user, history].toarray().ravel().tolist() == pytest.approx(expected.tolist())
