@@ -88,7 +88,7 @@ def ease_with_text(
     """EASE whose matrix has, below one row per user, one row per dimension of the text: X and √weight · Tᵀ.
 
     Closed form, ``P = (XᵀX + weight · T Tᵀ + reg_weight · I)⁻¹, B = −P / diag(P)`` with a zero diagonal. An item that
-    nobody took in training gets votes from items of similar text. Source: Jeunen, Van Balen & Goethals 2020, "Closed-Form
+    nobody took in training can get votes, through its text. Source: Jeunen, Van Balen & Goethals 2020, "Closed-Form
     Models for Collaborative Filtering with Side-Information", Steck 2019. Memory: about 3 · 4 · n_items² bytes.
 
     Parameters

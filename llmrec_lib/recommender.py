@@ -102,8 +102,8 @@ class ItemSimilarityRecommender(Recommender):
         if sp.issparse(self.similarity):
             return torch.from_numpy((history @ self.similarity).toarray())
         items, starts = (torch.from_numpy(part).long() for part in (history.indices, history.indptr[:-1]))
-        how = {"mode": "sum", "per_sample_weights": torch.from_numpy(history.data)}
-        return torch.nn.functional.embedding_bag(items, torch.from_numpy(self.similarity), starts, **how)
+        votes, table = torch.from_numpy(history.data), torch.from_numpy(self.similarity)
+        return torch.nn.functional.embedding_bag(items, table, starts, mode="sum", per_sample_weights=votes)
 
     def describe(self) -> dict:
         dense = not sp.issparse(self.similarity)
@@ -128,8 +128,8 @@ class RecBoleRecommender(Recommender):
         return _recbole.full_sort_scores(self.model, self.split, users, self.phase)
 
     def describe(self) -> dict:
-        model, weights = type(self.model).__name__, content_key(dict(self.model.state_dict()))
-        return {**super().describe(), "model": model, "weights": weights}
+        weights = content_key(dict(self.model.state_dict()))
+        return {**super().describe(), "model": type(self.model).__name__, "weights": weights}
 
 
 class ScoreTable(Recommender):

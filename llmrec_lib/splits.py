@@ -103,34 +103,26 @@ class Split:
             self._kept["pairs", part] = events["user"].to_numpy(), events["item"].to_numpy()
         return self._kept["pairs", part]
 
-    def matrix(self, part: str) -> csr_matrix:
-        """Ones where user and item meet in the part, float32 [n_users, n_items]; kept, so do not change it in place."""
-        if ("matrix", part) not in self._kept:
-            ones = np.ones(len(self.pairs(part)[0]), dtype=np.float32)
+    def matrix(self, part: str, half_life: float | None = None) -> csr_matrix:
+        """Where user and item meet in the part, float32 [n_users, n_items]; kept, so do not change it in place.
+
+        Ones; with `half_life` h, the event n places before its user's newest in the part counts 2^(−n / h).
+        """
+        if ("matrix", part, half_life) not in self._kept:
+            users, items = self.pairs(part)
+            age = np.searchsorted(users, users, side="right") - 1 - np.arange(len(users))
+            votes = np.exp2(-age / (half_life or np.inf), dtype=np.float32)
             shape = (self.dataset.n_users, self.dataset.n_items)
-            self._kept["matrix", part] = csr_matrix((ones, self.pairs(part)), shape=shape)
-        return self._kept["matrix", part]
+            self._kept["matrix", part, half_life] = csr_matrix((votes, (users, items)), shape=shape)
+        return self._kept["matrix", part, half_life]
 
     def seen(self, phase: str) -> csr_matrix:
         """What is masked before ranking, for every method alike: "valid": train; "test": train and valid."""
         return self.matrix(_of_phase(phase, valid="train", test="train+valid"))
 
     def history_matrix(self, phase: str, half_life: float | None = None) -> csr_matrix:
-        """What a method may read as input: "train" and "valid": train; "test": `test_history`.
-
-        With `half_life` h, the event n places before its user's newest counts 2^(−n / h) instead of 1. float32
-        """
-        part = _of_phase(phase, train="train", valid="train", test=self.test_history)
-        if half_life is None:
-            return self.matrix(part)
-        if ("history", part, half_life) not in self._kept:
-            owners, items = self.pairs(part)
-            age = np.searchsorted(owners, owners, side="right") - 1 - np.arange(len(owners))
-            weights = np.exp2(-age / half_life).astype(np.float32)
-            self._kept["history", part, half_life] = csr_matrix(
-                (weights, (owners, items)), shape=self.matrix(part).shape
-            )
-        return self._kept["history", part, half_life]
+        """What a method may read as input: "train" and "valid": train; "test": `test_history`; see `matrix`."""
+        return self.matrix(_of_phase(phase, train="train", valid="train", test=self.test_history), half_life)
 
     def histories(self, users: ArrayLike, phase: str) -> list[np.ndarray]:
         """The items that a method may read for each of `users`, oldest first; the same rule as `history_matrix`."""

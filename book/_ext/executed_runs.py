@@ -234,7 +234,7 @@ class BenchmarkGrowth(_FromRuns):
                     if unit == "seconds":
                         axis.plot(sizes, [values[0] * size for size in sizes], color=colour, linestyle=":", linewidth=1)
                 axis.set(xscale="log", xlabel="size of the task, ×", ylabel=unit)
-                axis.set(yscale="log") if unit == "seconds" else axis.set(ylim=(0, None))
+                axis.set(**({"yscale": "log"} if unit == "seconds" else {"ylim": (0, None)}))
                 axis.set_xticks(sizes, [str(size) for size in sizes], minor=False)
                 axis.minorticks_off()
             figure.legend(*axis.get_legend_handles_labels(), loc="outside upper left")

@@ -69,6 +69,7 @@ def public_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     """The parameters with absolute paths cut to their last component, so that no machine's folders are published."""
 
     def public(value: Any) -> Any:
-        return PurePath(value).name if isinstance(value, str) and (os.path.isabs(value) or value[:1] == "~") else value
+        private = isinstance(value, str) and (os.path.isabs(value) or value.startswith("~"))
+        return PurePath(value).name if private else value
 
     return {name: public(value) for name, value in parameters.items()}

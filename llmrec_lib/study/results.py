@@ -159,11 +159,15 @@ class Study:
         metrics = rows.sort_values(METRICS_ORDER, kind="stable", ignore_index=True)
         self._write_csv(metrics, "metrics.csv")
         with atomic_write(self.folder / "per_user.parquet") as temporary:
-            writer = None
+            writer, small = (
+                None,
+                {"compression": "zstd", "compression_level": 19, "use_dictionary": ["method", "metric"]},
+            )
+            small["column_encoding"] = dict.fromkeys(("seed", "user", "k"), "DELTA_BINARY_PACKED")
             for unit in ordered:  # one unit at a time: all users × metrics × methods × seeds need not fit in memory
                 rows = unit.per_user_tidy().sort_values(["metric", "k", "user"], kind="stable")
                 rows = pyarrow.Table.from_pandas(rows.assign(protocol=unit.protocol), preserve_index=False)
-                writer = writer or pyarrow.parquet.ParquetWriter(temporary, rows.schema, compression="zstd")
+                writer = writer or pyarrow.parquet.ParquetWriter(temporary, rows.schema, **small)
                 writer.write_table(rows.cast(writer.schema))
             writer.close()
         record = {
