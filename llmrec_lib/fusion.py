@@ -1,14 +1,20 @@
-"""Fusing recommenders: side by side (parallel), one after the other (sequential), weighted (hybrid). Fusions nest."""
+"""Fusing recommenders: side by side (parallel), one after the other (sequential), weighted (hybrid). Fusions nest.
+
+Early fusion, text inside a model of interactions, is `prs_based.ease_with_text`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import torch
+from scipy.optimize import minimize
 from torch import FloatTensor, LongTensor
 
+from llmrec_lib.cache import cached_tensors, content_key
 from llmrec_lib.evaluation.evaluate import evaluate, mask_seen, tie_order, top_k
 from llmrec_lib.recommender import Recommender
 
@@ -26,6 +32,12 @@ def z_score(scores: FloatTensor) -> FloatTensor:
     std = (deviation.square().sum(dim=1, keepdim=True) / count).sqrt()
     flat = std <= 1e-12 * mean.abs().clamp(min=1.0)
     return torch.where(finite, torch.where(flat, 0.0, deviation / std.clamp(min=1e-300)), -torch.inf).float()
+
+
+def log_z(scores: FloatTensor) -> FloatTensor:
+    """``sign(z) · log(1 + |z|)``: z-scores whose heavy tails, as sparse data give them, drown nothing else. [B, n_items]"""
+    z = z_score(scores)
+    return torch.where(torch.isfinite(z), z.sign() * z.abs().log1p(), -torch.inf)
 
 
 def min_max(scores: FloatTensor) -> FloatTensor:
@@ -58,6 +70,7 @@ def reciprocal_rank(scores: FloatTensor, k: int = 60) -> FloatTensor:
 
 NORMALISERS: dict[str, Callable[[FloatTensor], FloatTensor]] = {
     "z": z_score,
+    "log_z": log_z,
     "minmax": min_max,
     "borda": borda,
     "rrf": reciprocal_rank,
@@ -141,6 +154,132 @@ class ParallelFusion(HybridFusion):
 
     def __init__(self, arms: Sequence[Recommender], rule: str = "z", name: str | None = None) -> None:
         super().__init__(arms, [1.0] * len(arms), rule, name or f"{' + '.join(arm.name for arm in arms)} ({rule})")
+
+
+class LearnedFusion(_Fusion):
+    """Stacking with a gate: what each arm counts is learned on validation, and depends on the item and the user.
+
+    ``s(u, i) = Σ_a (w_a + v_a · g(i) + t_a · h(u)) · norm(s_a(u, i)) + b · g(i)`` with `item_gates` g and `user_gates` h.
+    The weights maximise the probability, a softmax over unseen items, of what each validation user took, less
+    ``l2 · |weights|²``: a conditional logit, which has one maximum. Sources: McFadden 1974, "Conditional logit analysis of
+    qualitative choice behavior"; Wolpert 1992, "Stacked generalization"; Sill et al. 2009, "Feature-weighted linear
+    stacking".
+
+    The softmax is estimated by stratified sampling: all of a user's targets, the `n_top` items that the arms together
+    put first, and about `n_random` of the others, each counting for as many as it stands for.
+
+    Parameters
+    ----------
+    arms : recommenders of one split; popularity should be among them, so that no other arm has to stand in for it.
+    users : validation users to learn from; all by default.
+    gated : False learns one weight per arm: plain stacking.
+    rule : name in `NORMALISERS`.
+    l2 : ridge penalty; 1 counts as much as one user.
+    """
+
+    def __init__(
+        self,
+        arms: Sequence[Recommender],
+        users: Sequence[int] | None = None,
+        gated: bool = True,
+        rule: str = "log_z",
+        l2: float = 1.0,
+        n_top: int = 100,
+        n_random: int = 200,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(arms, name or f"learned ({', '.join(arm.name for arm in arms)})")
+        self.gated, self.rule, self.l2, self.n_top, self.n_random = gated, rule, float(l2), n_top, n_random
+        users = self.split.eval_users("valid") if users is None else np.asarray(users, dtype=np.int64)
+        self.weights = self._learn(users)
+
+    def _gates(self, users: LongTensor) -> tuple[FloatTensor, FloatTensor]:
+        """1 and the item gates, [n_items, 1 + G]; the user gates, [B, H]."""
+        ones = torch.ones(self.n_items, 1)
+        if not self.gated:
+            return ones, torch.zeros(len(users), 0)
+        return torch.cat([ones, item_gates(self.split, self.phase)], 1), user_gates(self.split, self.phase)[users]
+
+    def _normalised(self, users: LongTensor) -> FloatTensor:
+        """Scores of the arms, and 1, whose weights are the items' own: [B, n_items, n_arms + 1]; masked ones ``-inf``."""
+        scores = [NORMALISERS[self.rule](scores) for scores in self.masked_arm_scores(users)]
+        return torch.stack([*scores, torch.ones_like(scores[0])], dim=2)
+
+    def _learn(self, users: np.ndarray) -> FloatTensor:
+        """Weights [1 + G + H, n_arms + 1], float32."""
+        view, generator = self.at("valid"), torch.Generator().manual_seed(0)
+        designs, shares, targets = [], [], []
+        for batch in torch.from_numpy(users).split(max(1, 2**22 // self.n_items)):
+            scores = view._normalised(batch)
+            items, people = view._gates(batch)
+            taken = torch.from_numpy(self.split.targets("valid")[batch.numpy()].toarray()) > 0
+            unseen = torch.isfinite(scores[:, :, 0])
+            first = scores[:, :, :-1].sum(2).topk(min(self.n_top, self.n_items), dim=1).indices
+            certain = taken | torch.zeros_like(taken).scatter(1, first, True)
+            share = (self.n_random / (unseen & ~certain).sum(1, keepdim=True).clamp(min=1)).clamp(max=1.0)
+            drawn = unseen & (certain | (torch.rand(taken.shape, generator=generator) < share))
+            row, item = drawn.nonzero(as_tuple=True)
+            gates = torch.cat([items[item], people[row]], dim=1)
+            designs.append((gates[:, :, None] * scores[row, item][:, None, :]).flatten(1).numpy())
+            shares += torch.where(certain, 1.0, share)[row, item].log().split(drawn.sum(1).tolist())
+            targets.append((taken.double() / taken.sum(1, keepdim=True))[row, item].numpy())
+        design, target = np.concatenate(designs), np.concatenate(targets)
+        offset, sizes = torch.cat(shares).numpy(), [len(share) for share in shares]
+        starts = np.cumsum([0, *sizes[:-1]])
+
+        def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+            utility = (design @ weights.astype(np.float32)).astype(np.float64) - offset
+            utility -= np.repeat(np.maximum.reduceat(utility, starts), sizes)
+            log_p = utility - np.repeat(np.log(np.add.reduceat(np.exp(utility), starts)), sizes)
+            gradient = (np.exp(log_p) - target).astype(np.float32) @ design
+            return self.l2 * weights @ weights - target @ log_p, gradient + 2 * self.l2 * weights
+
+        found = minimize(loss, np.zeros(design.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 300})
+        return torch.from_numpy(found.x).float().view(-1, len(self.arms) + 1)
+
+    def score(self, users: LongTensor) -> FloatTensor:
+        items, people = self._gates(users)
+        of_items, of_users = self.weights.split([items.shape[1], people.shape[1]])
+        fused = (items @ of_items)[:, -1].repeat(len(users), 1)
+        for place, scores in enumerate(self.masked_arm_scores(users)):
+            weight = items @ of_items[:, place] + (people @ of_users[:, place])[:, None]
+            fused += torch.where(torch.isfinite(scores), weight * NORMALISERS[self.rule](scores), -torch.inf)
+        return _unmasked(fused)
+
+    def describe(self) -> dict:
+        return {**super().describe(), "weights": content_key(self.weights)}
+
+
+def item_gates(split: Split, phase: str) -> FloatTensor:
+    """What may decide how far to trust an arm about an item, from what `phase` may read: standardised, [n_items, G].
+
+    log(1 + events); and with timestamps log(1 + events in the newest tenth) and the place of the first event in time
+    (an item without events is as new as can be).
+    """
+    parts = "train" if phase == "valid" else split.test_history
+    events = split.dataset.interactions.iloc[np.concatenate([getattr(split, part) for part in parts.split("+")])]
+    n_items = split.dataset.n_items
+    columns = [np.log1p(np.bincount(events["item"], minlength=n_items))]
+    if split.dataset.time == "timestamp":
+        newest = events["item"][events["timestamp"] >= events["timestamp"].quantile(0.9)]
+        births = events.groupby("item")["timestamp"].min().reindex(range(n_items))
+        columns += [np.log1p(np.bincount(newest, minlength=n_items)), births.rank(pct=True).fillna(1.0)]
+    return _standardised(np.stack(columns, axis=1))
+
+
+def user_gates(split: Split, phase: str) -> FloatTensor:
+    """The same of users: log(1 + events), and how popular their items are, mean log(1 + events of the item). [n_users, 2]"""
+    history = split.history_matrix(phase)
+    n_events, support = np.diff(history.indptr), np.log1p(np.asarray(history.sum(axis=0)).ravel())
+    return _standardised(np.stack([np.log1p(n_events), history @ support / np.maximum(n_events, 1)], axis=1))
+
+
+def _standardised(columns: np.ndarray) -> FloatTensor:
+    """Mean 0 and deviation 1 over all rows but PAD's; a column without spread becomes 0."""
+    deviation = columns[1:].std(axis=0)
+    return torch.from_numpy(
+        (columns - columns[1:].mean(axis=0)) / np.where(deviation > 1e-9, deviation, np.inf)
+    ).float()
 
 
 class SequentialFusion(_Fusion):
@@ -251,3 +390,100 @@ def tune(
     rows = [(value, evaluate(build(value), split, "valid", users=users).mean(metric)) for value in values]
     table = pd.DataFrame(rows, columns=["value", metric])
     return values[int(table[metric].to_numpy().argmax())], table
+
+
+def search(
+    build: Callable[..., Recommender],
+    space: Mapping[str, Sequence],
+    split: Split,
+    trials: int = 10,
+    users: Sequence[int] | None = None,
+    metric: str = "ndcg@10",
+    key: Any = (),
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Choose several settings at once on validation (tree-structured Parzen estimator, Bergstra et al. 2011, by Optuna).
+
+    Each trial is cross-fitted: a half of the users is judged by what was learned from the other half, so that methods that
+    learn much and methods that learn nothing are chosen between fairly. Trials are kept on disk: a search that was cut off
+    goes on where it was.
+
+    Parameters
+    ----------
+    build : (users, one value of each setting by name) -> Recommender, learned from these validation users alone.
+    space : setting -> values, the plainest first: the first trial takes the first of each.
+    trials : the budget, at most as many as there are combinations; give every method the same.
+    key : whatever else decides what `build` makes.
+
+    Returns
+    -------
+    best, table
+        The chosen settings; settings and `metric` of every trial, in their order.
+    """
+    import optuna
+
+    from llmrec_lib.study.provenance import library_hash
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    users = split.eval_users("valid") if users is None else np.asarray(users, dtype=np.int64)
+    halves, rows = np.array_split(np.random.default_rng(0).permutation(users), 2), {}
+
+    def judge(trial: optuna.Trial) -> float:
+        chosen = tuple(values[trial.suggest_categorical(name, range(len(values)))] for name, values in space.items())
+        if chosen not in rows:
+            settings = dict(zip(space, chosen, strict=True))
+
+            def value() -> dict[str, torch.Tensor]:
+                pairs = (halves, halves[::-1])
+                found = [evaluate(build(fit, **settings), split, "valid", users=judged) for fit, judged in pairs]
+                return {"value": torch.cat([torch.from_numpy(one.per_user[metric].to_numpy()) for one in found])}
+
+            about = content_key("trial", key, settings, split.fingerprint, users, metric, library_hash(True))
+            rows[chosen] = cached_tensors("trials", about, value)["value"].mean().item()
+        return rows[chosen]
+
+    sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=max(1, trials // 2))
+    study = optuna.create_study(direction="maximize", sampler=sampler)
+    study.enqueue_trial(dict.fromkeys(space, 0))
+    budget = min(trials, np.prod([len(values) for values in space.values()], dtype=int))
+    study.optimize(judge, n_trials=10 * budget, callbacks=[lambda study, _: len(rows) >= budget and study.stop()])
+    table = pd.DataFrame([(*chosen, value) for chosen, value in rows.items()], columns=[*space, metric])
+    return dict(zip(space, max(rows, key=rows.get), strict=True)), table
+
+
+LEARNED_SPACE = {"gated": [True, False], "l2": [1.0, 10.0, 100.0], "rule": ["log_z", "z"]}
+
+
+def best_system(
+    arms: Callable[..., Sequence[Recommender]],
+    split: Split,
+    name: str,
+    trials: int = 10,
+    users: Sequence[int] | None = None,
+    metric: str = "ndcg@10",
+    key: Any = (),
+    **settings: Sequence,
+) -> tuple[Recommender, pd.DataFrame]:
+    """The best that validation can make of some arms: a `LearnedFusion`, its settings from `search`, or one arm alone.
+
+    Parameters
+    ----------
+    arms : called with one value of each of `settings` by name, gives the arms.
+    name : of the system.
+    trials, users, metric, key : see `search`; settings of the fusion are those of `LEARNED_SPACE`.
+    **settings : values to choose from, of whatever else `arms` depends on.
+
+    Returns
+    -------
+    system, table
+        `table` is that of `search`, with a row for each arm alone.
+    """
+
+    def build(users: Sequence[int], gated: bool, l2: float, rule: str, **chosen: Any) -> LearnedFusion:
+        return LearnedFusion(arms(**chosen), users, gated, rule, l2, name=name)
+
+    users = split.eval_users("valid") if users is None else users
+    best, table = search(build, {**LEARNED_SPACE, **settings}, split, trials, users, metric, key)
+    learned = build(users, **best)
+    alone = [evaluate(arm, split, "valid", method=arm.name, users=users).mean(metric) for arm in learned.arms]
+    system = learned if table[metric].max() > max(alone) else learned.arms[int(np.argmax(alone))]
+    return system, pd.concat([table, pd.DataFrame({"arm alone": [arm.name for arm in learned.arms], metric: alone})])

@@ -96,6 +96,55 @@ def curve(lines: Mapping[str, pd.DataFrame], x: str, y: str, ax: Axes | None = N
     return ax
 
 
+def gain_map(gains: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """One cell for each row (setting) and column (strategy): relative gain in percent, its interval below it.
+
+    `gains` has one line per cell: setting, strategy, relative, low, high (relative to the same baseline), significant.
+    Settings and strategies keep the order in which they come; bold and a star mark significant gains and losses.
+    """
+    from matplotlib import pyplot as plt
+
+    if gains.empty:
+        raise ValueError("there are no gains to draw")
+    settings, strategies = gains["setting"].unique().tolist(), gains["strategy"].unique().tolist()
+    size = (3.2 + 1.25 * len(strategies), 1.8 + 0.62 * len(settings))
+    ax = ax or plt.subplots(figsize=size)[1]
+    table = gains.pivot(index="setting", columns="strategy", values="relative").loc[settings, strategies]
+    reach = max(0.05, np.nanquantile(np.abs(table), 0.9))
+    ax.imshow(table, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
+    for cell in gains.itertuples():
+        text = f"{100 * cell.relative:+.1f} %{'*' * cell.significant}\n{100 * cell.low:+.1f} … {100 * cell.high:+.1f}"
+        place = strategies.index(cell.strategy), settings.index(cell.setting)
+        style = {"color": "white" if abs(cell.relative) > 0.7 * reach else "black", "ha": "center", "va": "center"}
+        ax.text(*place, text, fontsize=9, fontweight="bold" if cell.significant else "normal", **style)
+    ax.set_xticks(range(len(strategies)), strategies, rotation=35, ha="right", rotation_mode="anchor", fontsize=11)
+    ax.set_yticks(range(len(settings)), settings, fontsize=11)
+    ax.grid(visible=False)
+    return ax
+
+
+def critical_difference(scores: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Mean rank of each method over settings (1 is best), with the half of Nemenyi's critical difference to both sides.
+
+    Methods whose bars do not touch differ at the 5 % level. Source: Demšar 2006, "Statistical Comparisons of Classifiers
+    over Multiple Data Sets". `scores`: one row per setting (at least two), one column per method, higher is better.
+    """
+    from scipy.stats import studentized_range
+
+    n_settings, n_methods = scores.shape
+    if n_settings < 2 or n_methods < 2:
+        raise ValueError(f"scores has shape {scores.shape}; at least two settings and two methods are compared")
+    quantile = studentized_range.ppf(0.95, n_methods, np.inf) / np.sqrt(2)
+    half = quantile * np.sqrt(n_methods * (n_methods + 1) / (6 * n_settings)) / 2
+    ranks = scores.rank(axis=1, ascending=False).mean().sort_values(ascending=False)
+    rows = pd.DataFrame({"place": range(len(ranks)), "low": ranks - half, "high": ranks + half})
+    ax = ax or _axes(len(ranks))
+    _points(ax, rows, ranks, color=PALETTE[0], marker="o")
+    ax.set_yticks(rows["place"], ranks.index)
+    ax.set_xlabel(f"mean rank over {n_settings} settings, 1 is best")
+    return ax
+
+
 def _points(ax: Axes, rows: pd.DataFrame, middle: pd.Series, **style: str) -> None:
     reach = np.nan_to_num(np.abs([middle - rows["low"], rows["high"] - middle]))
     ax.errorbar(middle, rows["place"], xerr=reach, linestyle="none", capsize=3, **style)

@@ -83,13 +83,18 @@ def text_similarity(
 
 
 def ease_with_text(
-    split: Split, item_embeddings: FloatTensor, weight: float = 300.0, reg_weight: float = 250.0
+    split: Split,
+    item_embeddings: FloatTensor,
+    weight: float = 300.0,
+    reg_weight: float = 250.0,
+    name: str = "ease + text",
 ) -> ItemSimilarityRecommender:
     """EASE whose matrix has, below one row per user, one row per dimension of the text: X and √weight · Tᵀ.
 
     Closed form, ``P = (XᵀX + weight · T Tᵀ + reg_weight · I)⁻¹, B = −P / diag(P)`` with a zero diagonal. An item that
     nobody took in training can get votes, through its text. Source: Jeunen, Van Balen & Goethals 2020, "Closed-Form
-    Models for Collaborative Filtering with Side-Information", Steck 2019. Memory: about 3 · 4 · n_items² bytes.
+    Models for Collaborative Filtering with Side-Information", Steck 2019. The inverse without text is made once and kept
+    on disk; each text then changes it by its few dimensions (Woodbury's identity). Memory: about 3 · 4 · n_items² bytes.
 
     Parameters
     ----------
@@ -99,14 +104,36 @@ def ease_with_text(
     texts = torch.nn.functional.normalize(item_embeddings.float(), dim=1)
     texts[0] = 0.0
 
-    def solve() -> dict[str, torch.Tensor]:
+    def invert() -> dict[str, torch.Tensor]:
         gram = torch.from_numpy((split.matrix("train").T @ split.matrix("train")).toarray())
-        gram.addmm_(texts, texts.T, alpha=weight).diagonal().add_(reg_weight)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-        return {"similarity": inverse.div_(-inverse.diagonal().clone()).fill_diagonal_(0)}
+        gram.diagonal().add_(reg_weight)
+        return {"inverse": torch.cholesky_inverse(torch.linalg.cholesky(gram))}
 
-    key = content_key("ease with text", split.fingerprint, texts, weight, reg_weight, torch.__version__)
-    return ItemSimilarityRecommender(split, cached_tensors("baselines", key, solve)["similarity"], "ease + text")
+    key = content_key("inverse of ease", split.fingerprint, reg_weight, torch.__version__)
+    inverse = cached_tensors("baselines", key, invert)["inverse"]
+    if weight:
+        projected = inverse @ texts
+        core = texts.T @ projected + torch.eye(texts.shape[1]) / weight
+        inverse = inverse.addmm_(projected, torch.linalg.solve(core, projected.T), alpha=-1)
+    similarity = inverse.div_(-inverse.diagonal().clone()).fill_diagonal_(0)
+    return ItemSimilarityRecommender(split, similarity, name)
+
+
+def text_arms(
+    split: Split,
+    item_embeddings: FloatTensor,
+    name: str = "text",
+    half_lives: Sequence[float] = (0, 40, 5),
+    weight: float = 300.0,
+    neighbours: int = 50,
+) -> list[ItemSimilarityRecommender]:
+    """Both ways in which vectors of items help to recommend, as arms of a fusion: `ease_with_text` with each half-life of
+    its votes (see `ItemSimilarityRecommender.recent`), and `text_similarity` with the last one."""
+    early = ease_with_text(split, item_embeddings, weight, name=f"EASE with {name}")
+    return [
+        *(early.recent(half_life) for half_life in half_lives),
+        text_similarity(split, item_embeddings, neighbours, name).recent(half_lives[-1]),
+    ]
 
 
 class UserTextRecommender(Recommender):

@@ -1,9 +1,18 @@
-"""Placebos: what a fusion would reach if the text said nothing. "Helps" may be written only where they are beaten."""
+"""Controls: what a fusion would reach if the text said nothing, or the language model knew nothing.
+
+"Helps" may be written only where they are beaten.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from llmrec_lib.language_models.encoder import TextEncoder
+    from llmrec_lib.splits import Split
 
 
 def shuffled_items(embeddings: Tensor, seed: int) -> Tensor:
@@ -19,3 +28,31 @@ def shuffled_items(embeddings: Tensor, seed: int) -> Tensor:
 def random_items(embeddings: Tensor, seed: int) -> Tensor:
     """Gaussian vectors in the place of the embeddings. [n_items, d]"""
     return torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def word_items(split: Split, n_components: int = 384) -> Tensor:
+    """Text without a language model: TF-IDF vectors of the item texts, their main directions, whitened. [n_items, d]
+
+    Source: Deerwester et al. 1990, "Indexing by Latent Semantic Analysis". Whitened with what the items of the training
+    part show, as `embed_items` does, so that it can go wherever embeddings go.
+    """
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    from llmrec_lib.language_models.encoder import Whitening
+
+    counted = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b").fit_transform(split.dataset.item_text)
+    size = min(n_components, min(counted.shape) - 1)
+    rows = torch.from_numpy(TruncatedSVD(size, random_state=0).fit_transform(counted)).float()
+    return Whitening().fit(rows[torch.from_numpy(split.item_counts > 0)]).transform(rows)
+
+
+def untrained_encoder(name: str, seed: int = 0) -> TextEncoder:
+    """An encoder of the shape of the model `name`, with its tokenizer and random weights: a language model that never read."""
+    from llmrec_lib.language_models import catalog
+    from llmrec_lib.language_models.encoder import TextEncoder
+
+    model, tokenizer = catalog.load_encoder(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return TextEncoder((type(model)(model.config), tokenizer))

@@ -11,7 +11,7 @@ import torch
 from llmrec_lib.baselines import BASELINES, train
 from llmrec_lib.datasets import load_folder
 from llmrec_lib.evaluation.evaluate import evaluate
-from llmrec_lib.fusion import HybridFusion, ParallelFusion, SequentialFusion
+from llmrec_lib.fusion import NORMALISERS, HybridFusion, LearnedFusion, ParallelFusion, SequentialFusion
 from llmrec_lib.language_models.backbone import train_backbone
 from llmrec_lib.llm_based import TitleLikelihoodRecommender, catalogue_likelihood
 from llmrec_lib.prs_based import UserTextRecommender, ease_with_text, text_similarity
@@ -90,10 +90,9 @@ FACTORIES = {
     "likelihood": likelihood,
     "likelihood, prior": lambda parts: likelihood(parts, rule="prior_corrected", prior_weight=0.5, over="catalogue"),
     "table": lambda parts: ScoreTable(train("ease", parts), range(1, parts.dataset.n_users), batch_size=5),
-    **{
-        f"parallel {rule}": lambda parts, rule=rule: ParallelFusion(arms(parts), rule)
-        for rule in ("z", "minmax", "borda", "rrf")
-    },
+    **{f"parallel {rule}": lambda parts, rule=rule: ParallelFusion(arms(parts), rule) for rule in NORMALISERS},
+    "hybrid learned": lambda parts: LearnedFusion(arms(parts)),
+    "hybrid learned, no gate": lambda parts: LearnedFusion(arms(parts), gated=False),
     "hybrid": lambda parts: HybridFusion(arms(parts), [1.0, 0.3]),
     "fading votes": lambda parts: train("ease", parts).recent(4),
     "ease + text": lambda parts: ease_with_text(parts, item_embeddings(parts.dataset), 30.0),

@@ -13,14 +13,20 @@ from llmrec_lib.evaluation.evaluate import evaluate, mask_seen, tie_order, top_k
 from llmrec_lib.fusion import (
     NORMALISERS,
     HybridFusion,
+    LearnedFusion,
     ParallelFusion,
     SequentialFusion,
+    best_system,
     borda,
+    item_gates,
+    log_z,
     min_max,
     ranks,
     reciprocal_rank,
     retrieval_ceiling,
+    search,
     tune,
+    user_gates,
     z_score,
 )
 from llmrec_lib.splits import split
@@ -55,6 +61,7 @@ def test_normalisers_by_hand():
     z = z_score(scores)
     assert z[0, 1:].tolist() == pytest.approx([-(2**0.5), 0, 0, 2**0.5])
     assert z[1].tolist() == [-INF, 0, 0, 0, -INF]
+    assert log_z(scores)[0, 1:].tolist() == pytest.approx([-np.log1p(2**0.5), 0, 0, np.log1p(2**0.5)])
     assert min_max(scores).tolist() == [[-INF, 0, 0.5, 0.5, 1], [-INF, 0, 0, 0, -INF]]
     assert ranks(scores).tolist() == [[5, 4, 2.5, 2.5, 1], [4.5, 2, 2, 2, 4.5]]
     assert borda(scores)[0].tolist() == pytest.approx([-INF, 0, 1.5 / 4, 1.5 / 4, 3 / 4])
@@ -95,6 +102,7 @@ def test_parallel_is_hybrid_with_equal_weights(parts, rule):
     ("rule", "transform"),
     [
         ("z", lambda scores: 1000 * scores - 300),
+        ("log_z", lambda scores: 1000 * scores - 300),
         ("minmax", lambda scores: 1000 * scores - 300),
         ("borda", np.exp),
         ("rrf", lambda scores: scores**3),
@@ -291,3 +299,145 @@ def test_tuning_never_asks_for_test(parts, monkeypatch):
     assert table["recall@5"].tolist()[1:] == [1.0, 1.0, 1.0] and table["recall@5"][0] < 1
     few, _ = tune(build, [1.0, 0.0], parts, "recall@5", users=[2, 3])
     assert few == 1.0
+
+
+@pytest.fixture(scope="module")
+def one_each(tmp_path_factory):
+    """40 items, and one validation event for each user."""
+    data = load_folder(write_checkerboard(tmp_path_factory.mktemp("one"), n_items=40))
+    return split(data, "leave_one_out")
+
+
+def hinted(parts, seed, strength):
+    """Noise, and a little of what validation users really took."""
+    noise = np.random.default_rng(seed).standard_normal((parts.dataset.n_users, parts.dataset.n_items))
+    return Table(parts, noise + strength * parts.targets("valid").toarray(), f"hint {strength}")
+
+
+def test_learned_weights_are_those_of_a_conditional_logit(one_each):
+    """statsmodels, given every unseen item of each user and its z-scores, finds the same weights."""
+    from statsmodels.discrete.conditional_models import ConditionalLogit
+
+    parts, arms = one_each, [hinted(one_each, 1, 2.0), hinted(one_each, 2, 0.7), hinted(one_each, 3, 0.0)]
+    learned = LearnedFusion(arms, gated=False, rule="z", l2=0.0, n_top=parts.dataset.n_items)
+    columns, taken, groups = [], [], []
+    targets = parts.targets("valid").toarray()
+    for user in parts.eval_users("valid"):
+        one = torch.tensor([user])
+        masked = [mask_seen(each.score(one).float().clone(), parts, one, "valid") for each in arms]
+        unseen = torch.isfinite(masked[0][0])
+        columns.append(np.stack([z_score(scores)[0, unseen].numpy() for scores in masked], axis=1))
+        taken.append(targets[user, unseen.numpy()])
+        groups += [user] * int(unseen.sum())
+    peer = ConditionalLogit(np.concatenate(taken), np.concatenate(columns), groups=np.array(groups)).fit(disp=False)
+    assert learned.weights.shape == (1, 4)
+    assert learned.weights[0, :3].numpy() == pytest.approx(peer.params, rel=1e-3, abs=1e-3)
+    assert abs(learned.weights[0, 3]) < 1e-6  # the same for every item: it decides nothing
+    assert learned.weights[0, 0] > 2 * abs(learned.weights[0, 2])
+    held = LearnedFusion(arms, gated=False, rule="z", l2=1e6, n_top=parts.dataset.n_items)
+    assert held.weights.abs().max() < 1e-3
+
+
+def test_items_that_are_drawn_stand_for_all(one_each):
+    arms = [hinted(one_each, 1, 2.0), hinted(one_each, 2, 0.7)]
+    whole, drawn_all = (LearnedFusion(arms, n_top=top, n_random=rest) for top, rest in ((40, 1), (5, 40)))
+    assert torch.allclose(whole.weights, drawn_all.weights, atol=1e-4)
+    some = LearnedFusion(arms, gated=False, n_top=5, n_random=8)
+    every = LearnedFusion(arms, gated=False, n_top=40)
+    assert not torch.allclose(some.weights, every.weights, atol=1e-3)  # it is a sample
+    assert torch.allclose(some.weights, every.weights, atol=0.4)
+
+
+def test_a_learned_fusion_of_noise_and_sense_listens_to_sense(one_each):
+    sense, noise = hinted(one_each, 1, 9.0), hinted(one_each, 2, 0.0)
+    fused = LearnedFusion([noise, sense]).at("valid")
+    assert evaluate(fused, one_each, "valid").mean() == pytest.approx(1.0)
+    assert torch.equal(ranking(LearnedFusion([sense, sense], gated=False)), ranking(sense))
+    half = one_each.eval_users("valid")[:12]
+    assert not torch.equal(LearnedFusion([noise, sense], half).weights, LearnedFusion([noise, sense]).weights)
+
+
+def test_the_gate_knows_popular_from_rare(ml100k_split):
+    """One arm is right about popular items and the other one about rare ones: only a gate can tell."""
+    parts, users = ml100k_split, ml100k_split.eval_users("valid", 200)
+    popular, rng = parts.item_counts > np.median(parts.item_counts), np.random.default_rng(0)
+    truth = parts.targets("valid").toarray()
+    arms = []
+    for right in (popular, ~popular):
+        wrong = 3.0 * rng.permuted(truth, axis=1)
+        noise = rng.standard_normal(truth.shape)
+        arms.append(Table(parts, noise + np.where(right, 3.0 * truth, wrong), f"arm {len(arms)}"))
+    reached = {
+        gated: evaluate(LearnedFusion(arms, users, gated=gated), parts, "valid", users=users).mean()
+        for gated in (True, False)
+    }
+    assert reached[True] > reached[False] + 0.05
+
+
+def test_gates_are_what_the_phase_may_read(parts, tmp_path):
+    events = parts.dataset.interactions
+    for phase, known in (("valid", parts.train), ("test", np.concatenate([parts.train, parts.valid]))):
+        gates, read = item_gates(parts, phase), events.iloc[known]
+        assert gates.shape == (41, 3)
+        assert gates[1:].mean(0).numpy() == pytest.approx([0, 0, 0], abs=1e-6)
+        counts = np.log1p(np.bincount(read["item"], minlength=41))
+        assert gates[:, 0].numpy() == pytest.approx((counts - counts[1:].mean()) / counts[1:].std(), abs=1e-5)
+        births = read.groupby("item")["timestamp"].min()
+        assert gates[births.index.to_numpy(), 2].argsort().tolist() == births.to_numpy().argsort().tolist()
+        lengths = np.log1p(np.diff(parts.history_matrix(phase).indptr))
+        people = user_gates(parts, phase)
+        assert people.shape == (25, 2) and torch.isfinite(people).all()
+        spread = lengths[1:].std()  # on the checkerboard all histories are equally long: nothing to tell them apart
+        assert people[1:, 0].numpy() == pytest.approx(
+            (lengths[1:] - lengths[1:].mean()) / (spread if spread > 1e-9 else np.inf), abs=1e-5
+        )
+    timeless = split(load_folder(write_checkerboard(tmp_path, with_time=False)), "random_ratio")
+    assert item_gates(timeless, "valid").shape == (17, 1)
+    fused = LearnedFusion([arm(timeless, 1), arm(timeless, 2)])
+    assert torch.isfinite(fused.score(USERS)).all()
+
+
+def test_search_is_cross_fitted_resumed_and_blind_to_test(parts, monkeypatch, tmp_path):
+    """A method that only knows the users it learned from must not look good."""
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
+    asked, phases = [], []
+    valid = parts.targets("valid").toarray()
+
+    def build(users, kind, strength):
+        asked.append((kind, strength))
+        table = np.random.default_rng(0).standard_normal(valid.shape)
+        rows = users if kind == "by heart" else slice(None)
+        table[rows] += strength * valid[rows]
+        return Table(parts, table, "built")
+
+    original = type(parts).targets
+    monkeypatch.setattr(type(parts), "targets", lambda self, phase: phases.append(phase) or original(self, phase))
+    space = {"kind": ["honest", "by heart"], "strength": [0.0, 1.0, 2.0]}
+    best, table = search(build, space, parts, trials=6, key="first")
+    assert set(phases) == {"valid"}
+    assert best == {"kind": "honest", "strength": 2.0}
+    assert len(table) == 6 and len(asked) == 12  # each combination once, and each half of the users once
+    assert table.iloc[0, :2].tolist() == ["honest", 0.0]
+    by_heart = table[table.kind == "by heart"]["ndcg@10"]
+    assert by_heart.to_numpy() == pytest.approx(table["ndcg@10"][0])
+    again, same = search(build, space, parts, trials=6, key="first")
+    assert again == best and same.equals(table) and len(asked) == 12  # read back
+    few, table = search(build, space, parts, trials=2, key="second")
+    assert len(table) == 2 and few in table[["kind", "strength"]].to_dict("records")
+
+
+def test_the_best_system_is_a_fusion_or_an_arm(one_each, monkeypatch, tmp_path):
+    """Two halves of the truth are best fused; beside the whole truth nothing is needed."""
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
+    truth, rng = one_each.targets("valid").toarray(), np.random.default_rng(5)
+    side = rng.integers(2, size=truth.shape[1])
+    halves = [
+        Table(one_each, rng.standard_normal(truth.shape) + 4 * truth * (side == part), f"{part}") for part in (0, 1)
+    ]
+
+    system, table = best_system(lambda: halves, one_each, "both", trials=4, key="halves")
+    assert isinstance(system, LearnedFusion) and system.name == "both"
+    assert table["arm alone"].dropna().tolist() == ["0", "1"] and len(table) == 6
+    whole = Table(one_each, rng.standard_normal(truth.shape) + 99 * truth, "whole")
+    system, table = best_system(lambda n: [whole, *halves[:n]], one_each, "three", trials=3, key="whole", n=[2, 1])
+    assert system is whole and set(table["n"].dropna()) <= {1, 2}
