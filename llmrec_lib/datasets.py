@@ -16,8 +16,9 @@ import tempfile
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,6 +26,7 @@ import numpy as np
 import pandas as pd
 import yaml
 from filelock import FileLock
+from numpy.typing import ArrayLike
 
 from llmrec_lib.cache import cache_dir
 
@@ -32,7 +34,6 @@ ATOMIC_TYPES = ("token", "token_seq", "float", "float_seq")
 PAD = "[PAD]"
 FORMAT_HELP = "the first line of an atomic file names its columns as field:type, separated by tabs"
 _FILES = ("inter", "item", "user")
-_INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
@@ -110,12 +111,9 @@ def load_dataset(name: str = "ml-100k", data_dir: str | Path = "") -> Dataset:
     """
     if not name or name in (".", "..") or re.search(r"[/\\\0]", name):
         raise DataError(f"dataset {name!r} is not a name: give the folder's name alone, and where it lies as data_dir")
-    if str(data_dir):
-        searched = [Path(data_dir).expanduser()]
-    else:
-        package = _recbole_folder()
-        searched = [Path(os.environ["LLMREC_DATA"]).expanduser()] if os.environ.get("LLMREC_DATA") else []
-        searched += [Path("dataset"), *([package / "dataset_example"] if package else [])]
+    package = _recbole_folder()
+    usual = [os.environ.get("LLMREC_DATA"), "dataset", package and package / "dataset_example"]
+    searched = [Path(place).expanduser() for place in ([data_dir] if str(data_dir) else usual) if place]
     for parent in searched:
         if (parent / name).is_dir():
             return load_folder(parent / name)
@@ -135,21 +133,21 @@ def load_dataset(name: str = "ml-100k", data_dir: str | Path = "") -> Dataset:
 def load_folder(path: str | Path) -> Dataset:
     """Read and check the data set in the folder ``DIR/NAME`` or of the file ``DIR/NAME.inter``; see `load_dataset`."""
     path = Path(path).expanduser()
-    if not path.is_dir() and path.suffix != ".inter":
-        raise DataNotFoundError(f"{path} does not exist, or is no data set: give a folder NAME that holds NAME.inter")
-    name, folder = (path.resolve().name, path) if path.is_dir() else (path.stem, path.parent)
-    files = {kind: folder / f"{name}.{kind}" for kind in _FILES}
-    if not files["inter"].is_file():
-        others = ", ".join(sorted(file.name for file in folder.glob("*.inter"))) or "none"
+    if path.is_dir():
+        path = path / f"{path.resolve().name}.inter"
+    if not path.is_file() or path.suffix != ".inter":
+        others = ", ".join(sorted(file.name for file in path.parent.glob("*.inter"))) or "none"
         raise DataNotFoundError(
-            f"there is no file {files['inter']} (.inter files here: {others}); folder and file must have the same name"
+            f"{path} does not exist, or is no .inter file (.inter files there: {others}); give a folder NAME that "
+            "holds NAME.inter: folder and file must have the same name"
         )
-    contents = {kind: file.read_bytes() for kind, file in files.items() if file.is_file()}
-    digest = hashlib.sha256()
-    for kind, content in contents.items():
-        digest.update(f"{kind}:{len(content)}:".encode() + content)
-    tables = {kind: _Table(files[kind], content) for kind, content in contents.items()}
-    return _assemble(name, tables["inter"], tables.get("user"), tables.get("item"), digest.hexdigest())
+    digest, tables = hashlib.sha256(), {}
+    for kind in _FILES:
+        if (file := path.with_suffix(f".{kind}")).is_file():
+            content = file.read_bytes()
+            digest.update(f"{kind}:{len(content)}:".encode() + content)
+            tables[kind] = _Table(file, content)
+    return _assemble(path.stem, tables["inter"], tables.get("user"), tables.get("item"), digest.hexdigest())
 
 
 def describe(dataset: Dataset) -> pd.Series:
@@ -162,15 +160,13 @@ def describe(dataset: Dataset) -> pd.Series:
     """
     events = dataset.interactions
     users, items = dataset.n_users - 1, dataset.n_items - 1
-    per_user = events["user"].value_counts()
+    per_user = events["user"].value_counts().agg(["median", "min", "max"])
     facts: dict[str, float] = {
         "users": users,
         "items": items,
         "interactions": len(events),
         "density": len(events) / (users * items),
-        "events_per_user_median": per_user.median(),
-        "events_per_user_min": per_user.min(),
-        "events_per_user_max": per_user.max(),
+        **per_user.add_prefix("events_per_user_"),
         "events_per_item_median": events["item"].value_counts().median(),
         "distinct_titles": len(set(dataset.titles[1:])),
         "words_per_title": np.mean([len(title.split()) for title in dataset.titles[1:]]),
@@ -200,46 +196,40 @@ class _Table:
     def __init__(self, path: Path, content: bytes):
         self.path = path
         content = content.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").rstrip(b"\n")
-        if not content.strip():
-            raise DataError(f"{path}: the file is empty; {FORMAT_HELP}")
-        try:
-            text = content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
-            raise DataError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        if b"\n" not in content.strip():
+            raise DataError(f"{path}: the file is empty, or has no lines below its header; {FORMAT_HELP}")
+        text = content.decode("utf-8", errors="surrogateescape")
+        if broken := re.search(r"[\0\udc80-\udcff]", text):
+            line = text.count("\n", 0, broken.start()) + 1
+            raise DataError(f"{path}, line {line}: not UTF-8, or a NUL character; save the file as UTF-8 text")
         self.types: dict[str, str] = {}
-        header = text.partition("\n")[0]
-        for field in header.split("\t"):
+        for field in text.partition("\n")[0].split("\t"):
             name, _, kind = field.partition(":")
             if not name or kind not in ATOMIC_TYPES:
                 problem = f"{field[:80]!r} is not field:type with a type out of {', '.join(ATOMIC_TYPES)}"
-                self.fail(1, name[:80], problem if "\t" in header else f"no tab in the header, {problem}", FORMAT_HELP)
+                self.fail(1, name[:80], problem, FORMAT_HELP)
             if name in self.types:
                 self.fail(1, name, "this name occurs twice", "rename or delete one of the two columns")
             self.types[name] = kind
         for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
             n_fields = line.count("\t") + 1
-            if "\0" in line:
-                raise DataError(f"{path}, line {number}: holds a NUL character; save the file as UTF-8 text")
             if n_fields != len(self.types):
                 found = f"{n_fields} field(s) instead of {len(self.types)} ({', '.join(self.types)}): {line[:80]!r}"
                 remedy = "separate fields by single tabs, also empty ones" if line.strip() else "delete the empty line"
                 raise DataError(f"{path}, line {number}: {found}; {remedy}")
-        as_written = {"dtype": str, "na_filter": False, "quoting": csv.QUOTE_NONE, "index_col": False}
-        line_by_line = {"lineterminator": "\n", "skip_blank_lines": False}
-        self.frame = pd.read_csv(io.BytesIO(content), sep="\t", **as_written, **line_by_line)
-        self.frame.columns = list(self.types)
+        as_written = {"dtype": str, "na_filter": False, "quoting": csv.QUOTE_NONE, "skip_blank_lines": False}
+        columns = {"names": list(self.types), "header": 0, "sep": "\t", "lineterminator": "\n"}
+        self.frame = pd.read_csv(io.BytesIO(content), **columns, **as_written)
 
     def fail(self, line: int, column: str, problem: str, remedy: str) -> NoReturn:
         """Raise a DataError; the header is line 1."""
         raise DataError(f"{self.path}, line {line}, column {column!r}: {problem}; {remedy}")
 
-    def refuse(self, column: str, wrong: Callable[[str], bool], problem: str, remedy: str) -> None:
-        """Fail at the first row whose text is `wrong`."""
-        for text in self.frame[column].unique():
-            if wrong(text):
-                line = int((self.frame[column] == text).to_numpy().argmax()) + 2
-                self.fail(line, column, f"{text[:40]!r} {problem}", remedy)
+    def refuse(self, column: str, wrong: ArrayLike, problem: str) -> None:
+        """Fail at the first row that is `wrong`."""
+        if np.any(wrong):
+            row = int(np.argmax(wrong))
+            self.fail(row + 2, column, f"{self.frame[column][row][:40]!r} {problem}", "correct it, or delete the row")
 
     def require(self, column: str, kind: str) -> None:
         """The file must have this column, of this type."""
@@ -250,45 +240,36 @@ class _Table:
     def ids(self, column: str) -> pd.Series:
         """The id of each row."""
         self.require(column, "token")
-        problem = f"is an empty id, or the reserved {PAD}"
-        self.refuse(column, lambda text: text.strip() in ("", PAD), problem, "correct the id, or delete the row")
-        return self.frame[column]
+        ids = self.frame[column]
+        self.refuse(column, ids.str.strip().isin(["", PAD]), f"is an empty id, or the reserved {PAD}")
+        return ids
 
     def numbers(self, column: str, required: bool = False, whole: bool = False) -> np.ndarray:
         """The column as float64; with `whole` as int64 if all are whole numbers. Not `required`: empty means NaN."""
-        limit = 2.0**63 if whole else math.inf
-
-        def wrong(text: str) -> bool:
-            if text.lower() in ("", "nan"):
-                return required
-            return not _NUMBER.fullmatch(text) or not abs(float(text)) < limit
-
-        self.refuse(column, wrong, "is not a finite number within 64 bits", "correct the value, or delete the row")
         codes, texts = pd.factorize(self.frame[column])
-        values = [int(text) if _INTEGER.fullmatch(text) else float(text or "nan") for text in texts]
-        if whole and all(value == int(value) for value in values):
-            return np.array([int(value) for value in values], dtype=np.int64)[codes]
-        return np.array(values, dtype=np.float64)[codes]
+        limit, missing = 2.0**63 if whole else math.inf, () if required else ("", "nan")
+        fits = [text.lower() in missing or _NUMBER.fullmatch(text) and abs(float(text)) < limit for text in texts]
+        self.refuse(column, ~np.array(fits, dtype=bool)[codes], "is not a finite number within 64 bits")
+        if whole and all(Decimal(text) == int(Decimal(text)) for text in texts):
+            return np.array([int(Decimal(text)) for text in texts], dtype=np.int64)[codes]
+        return np.array([float(text or "nan") for text in texts], dtype=np.float64)[codes]
 
     def values(self, column: str) -> np.ndarray:
         """The column under its type: float as numbers, where empty means NaN; all else as the text in the file."""
         if self.types[column] == "float":
             return self.numbers(column)
         if self.types[column] == "float_seq":
-            problem, remedy = "holds something else than numbers", "separate numbers by blanks"
-            self.refuse(column, lambda text: not all(map(_NUMBER.fullmatch, text.split())), problem, remedy)
+            wrong = [not all(map(_NUMBER.fullmatch, text.split())) for text in self.frame[column]]
+            self.refuse(column, wrong, "does not hold numbers separated by blanks")
         return self.frame[column].to_numpy()
 
 
 def _assemble(name: str, inter: _Table, user: _Table | None, item: _Table | None, fingerprint: str) -> Dataset:
     notes: list[str] = []
-    for column in ("user", "item"):
-        if column in inter.types:
-            inter.fail(1, column, "this name is taken by the internal ids", "rename the column")
-    users, user_ids, user_frame = _entities(inter, "user_id", user, notes)
-    items, item_ids, item_frame = _entities(inter, "item_id", item, notes)
-    if not len(users):
-        raise DataError(f"{inter.path}: there are no interactions below the header; add at least one line")
+    for column in {"user", "item"}.intersection(inter.types):
+        inter.fail(1, column, "this name is taken by the internal ids", "rename the column")
+    users, user_ids, user_frame, user_columns = _entities(inter, "user_id", user, notes)
+    items, item_ids, item_frame, item_columns = _entities(inter, "item_id", item, notes)
     columns: dict[str, np.ndarray] = {"user": users, "item": items}
     for column in inter.types:
         if column in ("rating", "timestamp"):
@@ -311,27 +292,20 @@ def _assemble(name: str, inter: _Table, user: _Table | None, item: _Table | None
         notes.append("timestamps only count the events of each user: they cannot be compared between users")
     elif events["timestamp"].nunique() == 1:
         notes.append("all timestamps are equal: the order of events is unknown")
-    user_columns = {column: user.types[column] for column in user_frame} if user else {}
-    item_columns = {column: item.types[column] for column in item_frame} if item else {}
     frames = (events, user_frame, item_frame, user_columns, item_columns)
     return Dataset(name, *frames, user_ids, item_ids, time, fingerprint, tuple(notes))
 
 
 def _entities(
     inter: _Table, column: str, table: _Table | None, notes: list[str]
-) -> tuple[np.ndarray, np.ndarray, pd.DataFrame]:
-    """Internal id of each interaction, raw id of each internal id, rows of the .user or .item file in this order."""
+) -> tuple[np.ndarray, np.ndarray, pd.DataFrame, dict[str, str]]:
+    """Internal id of each interaction, raw id of each internal id, rows of the .user or .item file in this order, types."""
     ids = inter.ids(column)
-    known, frame = ids.unique(), {}
+    known, frame, kinds = ids.unique(), {}, {}
     if table is not None:
         own = table.ids(column)
-        if own.duplicated().any():
-            row = own.duplicated().idxmax()
-            problem = f"{own[row]!r} occurs twice, first in line {(own == own[row]).idxmax() + 2}"
-            table.fail(row + 2, column, problem, "delete one of the two lines")
-        everything, file = set(own), table.path.name
-        remedy = f"add it to {file}, or delete its interactions"
-        inter.refuse(column, lambda text: text not in everything, f"does not occur in {file}", remedy)
+        table.refuse(column, own.duplicated(), "occurs twice")
+        inter.refuse(column, ~ids.isin(own), f"does not occur in {table.path.name}: add it there")
         used = own.isin(known).to_numpy()
         if not used.all():
             notes.append(f"{(~used).sum():,} {column[:4]}s without interactions left out")
@@ -341,11 +315,9 @@ def _entities(
             frame[name] = np.insert(table.values(name)[used], 0, np.nan if kind == "float" else "")
         title = _title_column(kinds) if column == "item_id" else None
         if title and re.search("title|name", title.lower()):
-            empty = used & (table.frame[title].str.strip() == "")
-            if empty.any():
-                table.fail(empty.idxmax() + 2, title, "empty title", "write a title, for instance the item's id")
+            table.refuse(title, used & (table.frame[title].str.strip() == ""), "is an empty title")
     raw = np.array([PAD, *known], dtype=object)
-    return pd.Index(raw).get_indexer(ids).astype(np.int64), raw, pd.DataFrame(frame, index=range(len(raw)))
+    return pd.Index(raw).get_indexer(ids).astype(np.int64), raw, pd.DataFrame(frame, index=range(len(raw))), kinds
 
 
 def _text_columns(types: dict[str, str]) -> list[str]:
@@ -363,14 +335,13 @@ def _title_column(types: dict[str, str]) -> str | None:
 
 def _sentences(frame: pd.DataFrame, columns: list[str], starts: list[str]) -> list[str]:
     """One text per row: its start, then ``column: value`` for each column that is not empty."""
-    texts = []
-    for start, values in zip(starts, frame[columns].to_numpy(), strict=True):
-        parts = [start] if start else []
-        for column, value in zip(columns, values, strict=True):
-            if value.strip():
-                parts.append(f"{column.replace('_', ' ')}: {value.strip()}")
-        closed = [part if part[-1] in ".!?" else f"{part}." for part in parts[:-1]]
-        texts.append(" ".join(closed + parts[-1:]))
+    texts = list(starts)
+    for column in columns:
+        label = column.replace("_", " ")
+        for row, value in enumerate(frame[column].str.strip()):
+            if value:
+                before = texts[row] and texts[row] + (" " if texts[row][-1] in ".!?" else ". ")
+                texts[row] = f"{before}{label}: {value}"
     return texts
 
 
@@ -382,10 +353,8 @@ def _or_ids(texts: Iterable[str], ids: np.ndarray) -> list[str]:
 def _what_is_there(parent: Path, name: str) -> str:
     if (parent / f"{name}.inter").is_file():
         return f"{name}.inter lies in {parent} itself: move it into a folder {name}, data_dir is the folder above that"
-    if not parent.is_dir():
-        return "data_dir itself does not exist: correct it"
-    found = sorted(folder.name for folder in parent.iterdir() if (folder / f"{folder.name}.inter").is_file())
-    return f"data_dir holds {', '.join(found[:10]) or 'no folder NAME with a file NAME.inter'}"
+    found = sorted(file.stem for file in parent.glob("*/*.inter") if file.stem == file.parent.name)
+    return f"data_dir holds {', '.join(found[:10]) or 'no folder NAME with a file NAME.inter, or does not exist'}"
 
 
 def _recbole_folder() -> Path | None:
@@ -414,9 +383,8 @@ class _OnlyHttps(urllib.request.BaseHandler):
 def _download(name: str, url: str) -> Path:
     """Folder of the downloaded data set below `cache_dir`; it appears whole or not at all, once for all processes."""
     target = cache_dir() / "datasets" / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.")
-    with temporary as work, FileLock(target.parent / f".{name}.lock"):
+    lock = FileLock(target.parent / f".{name}.lock")  # makes its folder, where there is none
+    with lock, tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as work:
         if target.is_dir():
             return target
         archive, folder = Path(work) / Path(urllib.parse.urlsplit(url).path).name, Path(work) / "files"
@@ -437,13 +405,12 @@ def _download(name: str, url: str) -> Path:
 def _extract(archive: Path, folder: Path, name: str) -> None:
     """Write the atomic files of `archive` to `folder` as NAME.*; paths inside the archive never decide where."""
     with zipfile.ZipFile(archive) as package:
-        members = {Path(path).name: path for path in package.namelist() if path.endswith((".inter", ".item", ".user"))}
+        members = {Path(member.filename).name: member for member in package.infolist()}
         stems = sorted(Path(file).stem for file in members if file.endswith(".inter"))
         chosen = [stem for stem in (archive.stem, name) if stem in stems] or stems
         if len(stems) != 1 and chosen is stems:
             raise DataError(f"it holds {', '.join(stems) + ' as' if stems else 'no'} .inter files, one is needed")
-        folder.mkdir()
         for kind in _FILES:
-            if path := members.get(f"{chosen[0]}.{kind}"):
-                with package.open(path) as source, open(folder / f"{name}.{kind}", "wb") as file:
-                    shutil.copyfileobj(source, file)
+            if member := members.get(f"{chosen[0]}.{kind}"):
+                member.filename = f"{name}.{kind}"
+                package.extract(member, folder)

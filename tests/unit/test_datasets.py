@@ -138,12 +138,12 @@ def test_fingerprint_follows_the_bytes_of_each_file(tmp_path):
 FAULTS = {
     "empty file": ({"inter": ""}, ["shop.inter", "empty"]),
     "blank file": ({"inter": "\n\n"}, ["shop.inter", "empty"]),
-    "no interactions": ({"inter": INTER}, ["no interactions"]),
+    "no interactions": ({"inter": INTER}, ["shop.inter", "no lines below its header"]),
     "not UTF-8": ({"inter": (INTER + ROWS).encode() + b"\xff\tx\t1\t1\n"}, ["line 5", "UTF-8"]),
     "UTF-16": ({"inter": (INTER + ROWS).encode("utf-16")}, ["line 1", "UTF-8"]),
     "NUL": ({"inter": INTER + "a\0\tx\t1\t1\n"}, ["line 2", "NUL"]),
-    "commas": ({"inter": (INTER + ROWS).replace("\t", ",")}, ["line 1", "no tab"]),
-    "blanks": ({"inter": (INTER + ROWS).replace("\t", "  ")}, ["line 1", "no tab"]),
+    "commas": ({"inter": (INTER + ROWS).replace("\t", ",")}, ["line 1", "'user_id'", "separated by tabs"]),
+    "blanks": ({"inter": (INTER + ROWS).replace("\t", "  ")}, ["line 1", "'user_id'", "separated by tabs"]),
     "no type": ({"inter": INTER.replace("rating:float", "rating") + ROWS}, ["line 1", "'rating'", "field:type"]),
     "unknown type": (
         {"inter": INTER.replace("rating:float", "rating:int") + ROWS},
@@ -183,8 +183,8 @@ FAULTS = {
     "empty user": ({"inter": INTER + ROWS + "\ty\t1\t1\n"}, ["line 5", "'user_id'", "empty id"]),
     "empty item": ({"inter": INTER + ROWS + "b\t \t1\t1\n"}, ["line 5", "'item_id'", "empty id"]),
     "PAD": ({"inter": INTER + ROWS + "b\t[PAD]\t1\t1\n"}, ["line 5", "'item_id'", "reserved"]),
-    "item twice": ({"item": ITEM + "x\tXylo\t1\t1\n"}, ["shop.item, line 5", "'x' occurs twice", "line 3"]),
-    "user twice": ({"user": USER + "b\t1\t1\n"}, ["shop.user, line 4", "'b' occurs twice", "line 2"]),
+    "item twice": ({"item": ITEM + "x\tXylo\t1\t1\n"}, ["shop.item, line 5", "'x' occurs twice"]),
+    "user twice": ({"user": USER + "b\t1\t1\n"}, ["shop.user, line 4", "'b' occurs twice"]),
     "unknown item": (
         {"inter": INTER + ROWS + "b\tq\t1\t1\n", "item": ITEM},
         ["shop.inter, line 5", "'q'", "shop.item"],
