@@ -5,6 +5,7 @@ Early fusion, text inside a model of interactions, is `prs_based.ease_with_text`
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -191,7 +192,7 @@ class LearnedFusion(_Fusion):
         super().__init__(arms, name or f"learned ({', '.join(arm.name for arm in arms)})")
         self.gated, self.rule, self.l2, self.n_top, self.n_random = gated, rule, float(l2), n_top, n_random
         users = self.split.eval_users("valid") if users is None else np.asarray(users, dtype=np.int64)
-        self.weights = self._learn(users)
+        self.weights = self._learn(users)  # [1 + G + H, n_arms + 1]
 
     def _gates(self, users: LongTensor) -> tuple[FloatTensor, FloatTensor]:
         """1 and the item gates, [n_items, 1 + G]; the user gates, [B, H]."""
@@ -206,7 +207,6 @@ class LearnedFusion(_Fusion):
         return torch.stack([*scores, torch.ones_like(scores[0])], dim=2)
 
     def _learn(self, users: np.ndarray) -> FloatTensor:
-        """Weights [1 + G + H, n_arms + 1], float32."""
         view, generator = self.at("valid"), torch.Generator().manual_seed(0)
         designs, shares, targets = [], [], []
         for batch in torch.from_numpy(users).split(max(1, 2**22 // self.n_items)):
@@ -234,8 +234,13 @@ class LearnedFusion(_Fusion):
             gradient = (np.exp(log_p) - target).astype(np.float32) @ design
             return self.l2 * weights @ weights - target @ log_p, gradient + 2 * self.l2 * weights
 
-        found = minimize(loss, np.zeros(design.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 300})
-        return torch.from_numpy(found.x).float().view(-1, len(self.arms) + 1)
+        def solve() -> dict[str, torch.Tensor]:
+            start, options = np.zeros(design.shape[1]), {"maxiter": 300}
+            found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
+            return {"weights": torch.from_numpy(found.x).float().view(-1, len(self.arms) + 1)}
+
+        key = content_key(sys.modules[__name__], design, target, offset, sizes, self.l2)
+        return cached_tensors("fusions", key, solve)["weights"]
 
     def score(self, users: LongTensor) -> FloatTensor:
         items, people = self._gates(users)
@@ -457,33 +462,34 @@ def best_system(
     arms: Callable[..., Sequence[Recommender]],
     split: Split,
     name: str,
+    space: Mapping[str, Sequence] = LEARNED_SPACE,
     trials: int = 10,
     users: Sequence[int] | None = None,
     metric: str = "ndcg@10",
     key: Any = (),
-    **settings: Sequence,
-) -> tuple[Recommender, pd.DataFrame]:
+) -> tuple[Recommender, dict[str, Any], pd.DataFrame]:
     """The best that validation can make of some arms: a `LearnedFusion`, its settings from `search`, or one arm alone.
 
     Parameters
     ----------
-    arms : called with one value of each of `settings` by name, gives the arms.
+    arms : gives the arms, for one value of each name in `space` that is not in `LEARNED_SPACE`.
     name : of the system.
-    trials, users, metric, key : see `search`; settings of the fusion are those of `LEARNED_SPACE`.
-    **settings : values to choose from, of whatever else `arms` depends on.
+    space : values of the fusion's settings, and of whatever else `arms` depends on; single values are not searched.
+    trials, users, metric, key : see `search`.
 
     Returns
     -------
-    system, table
-        `table` is that of `search`, with a row for each arm alone.
+    system, best, table
+        `best` are the chosen settings; `table` is that of `search`, with a row for each arm alone.
     """
 
     def build(users: Sequence[int], gated: bool, l2: float, rule: str, **chosen: Any) -> LearnedFusion:
         return LearnedFusion(arms(**chosen), users, gated, rule, l2, name=name)
 
     users = split.eval_users("valid") if users is None else users
-    best, table = search(build, {**LEARNED_SPACE, **settings}, split, trials, users, metric, key)
+    best, table = search(build, space, split, trials, users, metric, key)
     learned = build(users, **best)
     alone = [evaluate(arm, split, "valid", method=arm.name, users=users).mean(metric) for arm in learned.arms]
     system = learned if table[metric].max() > max(alone) else learned.arms[int(np.argmax(alone))]
-    return system, pd.concat([table, pd.DataFrame({"arm alone": [arm.name for arm in learned.arms], metric: alone})])
+    table = pd.concat([table, pd.DataFrame({"arm alone": [arm.name for arm in learned.arms], metric: alone})])
+    return system, best, table

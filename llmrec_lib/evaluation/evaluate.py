@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
+from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
 from llmrec_lib.evaluation.metrics import PER_USER, catalogue_metrics, per_user_metrics
@@ -117,6 +118,7 @@ def evaluate(
     seed: int | None = None,
     ks: Sequence[int] = KS,
     users: Sequence[int] | None = None,
+    among: Sequence[int] | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Evaluation:
@@ -134,6 +136,7 @@ def evaluate(
     seed : the run's seed; the split's by default.
     ks : cut-offs.
     users : user ids to judge; all with at least one target by default.
+    among : item ids; only these count as targets, and only users with such a target are judged. All items are ranked.
     batch_size : users scored at once, which takes about ``8 · batch_size · n_items`` bytes; by default as many as make
         `BATCH_SCORES` scores, so that memory does not grow with users or items.
 
@@ -148,6 +151,10 @@ def evaluate(
     seed = split.seed if seed is None else seed
     users = split.eval_users(phase) if users is None else np.asarray(users, dtype=np.int64).copy()
     targets = split.targets(phase)
+    if among is not None:
+        targets = csr_matrix(targets.multiply(np.isin(np.arange(split.dataset.n_items), among)))
+        targets.eliminate_zeros()
+        users = users[np.diff(targets.indptr)[users] > 0]
     n_targets = np.diff(targets.indptr)[users]
     if not len(users) or not n_targets.all():
         raise ValueError(

@@ -226,3 +226,20 @@ def test_tidy_tables(random_table, checkerboard_split):
     assert back.to_numpy() == pytest.approx(result.per_user["ndcg@5"].to_numpy(), abs=1e-6)
     with pytest.raises(KeyError, match="ndcg@10.*ndcg@3.*coverage@3"):
         result.mean("ndcg@10")
+
+
+def test_only_some_targets_count(random_table):
+    """Judged among some items: as if nobody had taken the others, while all are ranked and masked as before."""
+    parts = random_table.split
+    some = np.array([1, 4, 6, 7, 9, 12])
+    found = evaluate(random_table, parts, method="some", among=some)
+    targets = [set(parts.targets("test")[user].indices) & set(some.tolist()) for user in parts.eval_users("test")]
+    expected = [user for user, left in zip(parts.eval_users("test"), targets, strict=True) if left]
+    assert found.per_user.index.tolist() == expected and len(expected) < 24
+    whole = evaluate(random_table, parts, method="all")
+    alone = [user for user in expected if parts.targets("test")[user].nnz == 1]
+    assert alone and found.per_user.loc[alone].equals(whole.per_user.loc[alone])
+    everything = evaluate(random_table, parts, method="everything", among=range(1, 17))
+    assert everything.per_user.equals(whole.per_user)
+    with pytest.raises(ValueError, match="no users to judge"):
+        evaluate(random_table, parts, method="none", among=[])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from llmrec_lib.datasets import load_folder
 from llmrec_lib.evaluation.evaluate import evaluate, mask_seen, tie_order, top_k
 from llmrec_lib.fusion import (
+    LEARNED_SPACE,
     NORMALISERS,
     HybridFusion,
     LearnedFusion,
@@ -435,9 +436,11 @@ def test_the_best_system_is_a_fusion_or_an_arm(one_each, monkeypatch, tmp_path):
         Table(one_each, rng.standard_normal(truth.shape) + 4 * truth * (side == part), f"{part}") for part in (0, 1)
     ]
 
-    system, table = best_system(lambda: halves, one_each, "both", trials=4, key="halves")
+    system, best, table = best_system(lambda: halves, one_each, "both", trials=4, key="halves")
+    assert set(best) == {"gated", "l2", "rule"}
     assert isinstance(system, LearnedFusion) and system.name == "both"
     assert table["arm alone"].dropna().tolist() == ["0", "1"] and len(table) == 6
     whole = Table(one_each, rng.standard_normal(truth.shape) + 99 * truth, "whole")
-    system, table = best_system(lambda n: [whole, *halves[:n]], one_each, "three", trials=3, key="whole", n=[2, 1])
+    space = {**LEARNED_SPACE, "n": [2, 1]}
+    system, best, table = best_system(lambda n: [whole, *halves[:n]], one_each, "three", space, 3, key="whole")
     assert system is whole and set(table["n"].dropna()) <= {1, 2}
