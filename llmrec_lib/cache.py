@@ -6,8 +6,8 @@ import contextlib
 import hashlib
 import inspect
 import os
-import tempfile
 import types
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,16 +29,14 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it takes the place of `path`, on an error `path` stays as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files private; results are for everybody the folder is for
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors writes private files; results are for all the folder is for
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -65,38 +63,37 @@ def content_key(*parts: Any) -> str:
         For a part whose content cannot be read, since its key would be the same for different contents.
     """
     digest = hashlib.sha256()
-    for part in parts:
-        _update(digest, part)
+    _update(digest, *parts)
     return digest.hexdigest()
 
 
-def _update(digest: Any, part: Any) -> None:
-    if part is None or isinstance(part, str | bytes | bool | int | float):
-        content = part if isinstance(part, bytes) else repr(part).encode()
-        digest.update(f"{type(part).__name__}:{len(content)}:".encode() + content)
-    elif isinstance(part, list | tuple):
-        digest.update(f"list:{len(part)}:".encode())
-        for element in part:
-            _update(digest, element)
-    elif isinstance(part, dict):
-        digest.update(f"dict:{len(part)}:".encode())
-        for name in sorted(part, key=repr):
-            _update(digest, name)
-            _update(digest, part[name])
-    elif isinstance(part, Path):
-        digest.update(f"file:{file_sha256(part)}".encode())
-    elif isinstance(part, types.ModuleType | types.FunctionType | type):
-        digest.update(f"source:{inspect.getsource(part)}".encode())
-    elif hasattr(part, "detach"):  # a torch tensor: torch is imported already
-        import torch
+def _update(digest: Any, *parts: Any) -> None:
+    for part in parts:
+        kind = type(part).__name__
+        if part is None or isinstance(part, str | bytes | bool | int | float):
+            content = part if isinstance(part, bytes) else repr(part).encode()
+            digest.update(f"{kind}:{len(content)}:".encode() + content)
+        elif isinstance(part, list | tuple):
+            digest.update(f"list:{len(part)}:".encode())
+            _update(digest, *part)
+        elif isinstance(part, dict):
+            digest.update(f"dict:{len(part)}:".encode())
+            for name in sorted(part, key=repr):
+                _update(digest, name, part[name])
+        elif isinstance(part, Path):
+            digest.update(f"file:{file_sha256(part)}".encode())
+        elif isinstance(part, types.ModuleType | types.FunctionType | type):
+            digest.update(f"source:{inspect.getsource(part)}".encode())
+        elif hasattr(part, "detach"):  # a torch tensor: torch is imported already
+            import torch
 
-        digest.update(f"tensor:{part.dtype}:{tuple(part.shape)}:".encode())
-        digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    elif hasattr(part, "dtype") and hasattr(part, "tobytes"):
-        digest.update(f"array:{part.dtype.str}:{part.shape}:".encode())
-        digest.update(repr(part.tolist()).encode() if part.dtype.hasobject else part.tobytes())
-    else:
-        raise TypeError(f"content_key cannot read the content of a {type(part).__name__}; pass plain values or arrays")
+            digest.update(f"tensor:{part.dtype}:{tuple(part.shape)}:".encode())
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif hasattr(part, "dtype") and hasattr(part, "tobytes"):
+            digest.update(f"array:{part.dtype.str}:{part.shape}:".encode())
+            digest.update(repr(part.tolist()).encode() if part.dtype.hasobject else part.tobytes())
+        else:
+            raise TypeError(f"content_key cannot read the content of a {kind}; pass plain values or arrays")
 
 
 def cached_tensors(kind: str, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -115,13 +112,10 @@ def cached_tensors(kind: str, key: str, compute: Callable[[], dict[str, Tensor]]
     from safetensors.torch import load_file, save_file
 
     path = cache_dir() / kind / f"{key}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
-        if path.exists():
-            try:
-                return load_file(path)
-            except SafetensorError:  # damaged from outside (a full disk, a copy cut short): made again
-                path.unlink()
+        # Damaged from outside (a full disk, a copy cut short), a file is made again.
+        with contextlib.suppress(FileNotFoundError, SafetensorError):
+            return load_file(path)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
         with atomic_write(path) as temporary:
             save_file(tensors, temporary)

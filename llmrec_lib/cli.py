@@ -26,9 +26,7 @@ def main() -> None:
 @main.command()
 @click.argument("chapters", nargs=-1, metavar="[CHAPTER]...")
 @click.option("--profile", default="quick", help="Scale, an entry of profiles.yaml: quick or full.")
-@click.option(
-    "-p", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="A notebook parameter; repeatable."
-)
+@click.option("-p", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter; repeatable.")
 @click.option("--engine", type=click.Choice(["local", "dask"]), default="local", help="Where chapters run.")
 @click.option("--scheduler", metavar="URL", help="A running dask scheduler; without it one worker is started here.")
 @click.option("--results", "results_dir", metavar="DIR", help="Folder for tables (the parameter results_dir).")

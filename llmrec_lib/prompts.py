@@ -7,17 +7,13 @@ import string
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.sparse as sp
+from numpy.typing import ArrayLike
 
 from llmrec_lib.cache import content_key
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-
-    from llmrec_lib.splits import Split
+from llmrec_lib.splits import Split
 
 MAX_CHARACTERS = 200
 _ARTICLES = "The|An|A|Les|Las|Los|Le|La|Lo|L'|Il|I|Der|Die|Das|El|Un|Une|Det|Den|O"
@@ -60,12 +56,7 @@ def clean_text(text: str) -> str:
 
 def natural_title(title: str) -> str:
     """Put a trailing article where it is read: "Matrix, The (1999)" becomes "The Matrix (1999)"."""
-
-    def swap(match: re.Match[str]) -> str:
-        blanks, name, article = match.groups()
-        return f"{blanks}{article}{'' if article.endswith(chr(39)) else ' '}{name}"
-
-    return _ARTICLE_LAST.sub(swap, title)
+    return _ARTICLE_LAST.sub(lambda found: found[1] + f"{found[3]} ".replace("' ", "'") + found[2], title)
 
 
 def item_titles(titles: Sequence[str], template: str | Template = "history") -> list[str]:
@@ -76,11 +67,9 @@ def item_titles(titles: Sequence[str], template: str | Template = "history") -> 
 
 def get_template(template: str | Template) -> Template:
     """The template itself, or the one of that name."""
-    if isinstance(template, Template):
-        return template
-    if template not in TEMPLATES:
+    if isinstance(template, str) and template not in TEMPLATES:
         raise ValueError(f"template {template!r} is unknown; use one of {', '.join(TEMPLATES)}, or make a Template")
-    return TEMPLATES[template]
+    return TEMPLATES.get(template, template)
 
 
 def render(template: str | Template, history_titles: Sequence[str], profile: str = "", need: str = "") -> str:
@@ -89,7 +78,7 @@ def render(template: str | Template, history_titles: Sequence[str], profile: str
     There are no blanks at its end: a candidate follows as a blank, its title and the suffix.
     """
     template = get_template(template)
-    titles = item_titles(_newest(history_titles, template), template)
+    titles = item_titles(history_titles[max(0, len(history_titles) - template.max_items) :], template)
     history = " ".join(title + template.suffix for title in titles)
     profile, need = clean_text(profile) or template.nothing, clean_text(need) or template.nothing
     return template.text.format(history=history, profile=profile, need=need).rstrip(" ")
@@ -116,15 +105,13 @@ def user_prompts(
     needs = [need] * len(user_list) if isinstance(need, str) else list(need)
     if len(needs) != len(user_list):
         raise ValueError(f"{len(needs)} needs for {len(user_list)} users")
-    histories = [_newest(history, template) for history in split.histories(user_list, phase)]
+    histories = split.histories(user_list, phase)
     owners = np.repeat(user_list, [len(history) for history in histories])
     split.guard(owners, np.concatenate([[], *histories]), phase, "prompt history")
-    profiles = split.dataset.user_text if "{profile}" in template.text else [""] * split.dataset.n_users
-    prompts = []
-    for user, history, stated in zip(user_list.tolist(), histories, needs, strict=True):
-        history_titles = [titles[item] for item in history]
-        prompts.append(render(template, history_titles, profiles[user], stated))
-    return prompts
+    return [
+        render(template, [titles[item] for item in history], split.dataset.user_text[user], stated)
+        for user, history, stated in zip(user_list, histories, needs, strict=True)
+    ]
 
 
 class StatedNeeds:
@@ -161,8 +148,7 @@ class StatedNeeds:
         if self.column == split.dataset.title_column:
             usable &= [word.lower() not in ENGLISH_STOP_WORDS for word in words]
         self.words = [*words[usable], ""]
-        nothing = sp.csc_matrix((fits.shape[0], 1))
-        self.items = sp.hstack([fits[:, usable], nothing]).T.tocsr()
+        self.items = sp.hstack([fits[:, usable], sp.csc_matrix((fits.shape[0], 1))]).T.tocsr()
         self._word_of = {phase: self._choose(split.targets(phase), seed) for phase in ("valid", "test")}
         self.fingerprint = content_key(self.column, self.words, self._word_of)
 
@@ -189,9 +175,5 @@ def _category_column(split: Split) -> str:
     """The token_seq column, other than the title, with the fewest distinct words; the title if there is none."""
     dataset = split.dataset
     columns = [c for c, kind in dataset.item_columns.items() if kind == "token_seq" and c != dataset.title_column]
-    distinct = {c: len({word for text in dataset.items[c] for word in str(text).split()}) for c in columns}
+    distinct = {c: len(set(" ".join(dataset.items[c]).split())) for c in columns}
     return min(distinct, key=distinct.get, default=dataset.title_column or "")
-
-
-def _newest(history: Sequence, template: Template) -> Sequence:
-    return history[max(0, len(history) - template.max_items) :]

@@ -14,7 +14,7 @@ from scipy.sparse import csr_matrix
 from llmrec_lib.cache import content_key
 from llmrec_lib.datasets import Dataset
 
-PROTOCOLS = ("temporal_ratio", "random_ratio", "leave_one_out", "global_temporal")
+PROTOCOLS = ("temporal_ratio", "random_ratio", "leave_one_out", "global_temporal")  # need more and more of the times
 PARTS = ("train", "valid", "test")
 _TIES, _RANDOM = 0, 1  # independent random streams of one seed
 
@@ -63,9 +63,7 @@ class Split:
         times = np.bincount(rows, minlength=n)
         if (times != 1).any():
             row = int(np.argmax(times != 1))
-            raise LeakError(
-                f"row {row} of the interactions is in {'more than one' if times[row] else 'no'} part of the split"
-            )
+            raise LeakError(f"row {row} of the interactions is in {times[row]} parts of the split instead of one")
         parts = [self._sorted(part) for part in parts]
         seed = int(self.seed)  # numpy's integers must give the same fingerprint
         key = content_key(self.dataset.fingerprint, self.protocol, seed, self.test_history, *parts)
@@ -169,13 +167,12 @@ class Split:
         if ((users < 0) | (users >= n_users) | (items < 0) | (items >= n_items)).any():
             raise ValueError(f"{what}: internal ids must lie in 0..{n_users - 1} (users) and 0..{n_items - 1} (items)")
         for part in held_out:
-            leaks = np.asarray(self.matrix(part)[users, items]).ravel() > 0
-            if leaks.any():
-                first = int(np.argmax(leaks))
+            leaks = np.flatnonzero(self.matrix(part)[users, items])
+            if len(leaks):
+                user, item = self.dataset.user_ids[users[leaks[0]]], self.dataset.item_ids[items[leaks[0]]]
                 raise LeakError(
-                    f"{what} (phase {phase!r}) holds {int(leaks.sum()):,} held-out {part} event(s), the first: user "
-                    f"{self.dataset.user_ids[users[first]]!r}, item {self.dataset.item_ids[items[first]]!r}; build it "
-                    "from split.histories or split.history_matrix of this phase"
+                    f"{what} (phase {phase!r}) holds {len(leaks):,} held-out {part} event(s), the first: user {user!r}, "
+                    f"item {item!r}; build it from split.histories or split.history_matrix of this phase"
                 )
 
 
@@ -206,14 +203,10 @@ def split(
         raise ValueError(f"ratios {ratios} must be three numbers > 0: train, valid, test")
     if seed < 0:
         raise ValueError(f"seed is {seed}; it must be 0 or more")
-    possible = "random_ratio, and temporal_ratio, which then falls back to a seeded random order"
-    if dataset.time is None and protocol in ("leave_one_out", "global_temporal"):
-        raise ProtocolError(f"{protocol} needs timestamps, and {dataset.name} has none; possible are {possible}")
-    if dataset.time == "position" and protocol == "global_temporal":
-        raise ProtocolError(
-            f"global_temporal compares times between users, and the timestamps of {dataset.name} only count the "
-            "events of each user; possible are temporal_ratio, random_ratio and leave_one_out"
-        )
+    possible = {"timestamp": PROTOCOLS, "position": PROTOCOLS[:3], None: PROTOCOLS[:2]}[dataset.time]
+    if protocol not in possible:
+        has = "timestamps that cannot be compared between users" if dataset.time else "no timestamps"
+        raise ProtocolError(f"{protocol} is not possible: {dataset.name} has {has}; use {' or '.join(possible)}")
     notes: list[str] = []
     if dataset.time is None and protocol == "temporal_ratio":
         notes.append(f"{dataset.name} has no timestamps: temporal_ratio falls back to a seeded random order")
@@ -239,9 +232,7 @@ def split(
     if not all(map(len, parts)):
         found = ", ".join(f"{name} {len(rows):,}" for name, rows in zip(PARTS, parts, strict=True))
         reason = "too many events share an instant" if protocol == "global_temporal" else "no user has enough events"
-        raise ProtocolError(
-            f"{protocol} leaves a part of {dataset.name} without events ({found}): {reason}; use another protocol"
-        )
+        raise ProtocolError(f"{protocol} leaves part of {dataset.name} empty ({found}): {reason}; use another protocol")
     return Split(dataset, protocol, seed, *parts, test_history=test_history, notes=tuple(notes))
 
 

@@ -6,7 +6,7 @@ import ast
 import contextlib
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,7 @@ def literals(source: str, where: str) -> dict[str, Value]:
 
 def check_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str, Value]:
     """A notebook's defaults, replaced by the given values (see `convert`); ParameterError says what does not fit."""
-    declared, chapter = declared_parameters(notebook), Path(notebook).stem
-    require_known(given, declared, chapter)
-    values = {name: convert(name, value, declared[name], f"{chapter}: ") for name, value in given.items()}
-    check_values(declared | values, f"{chapter}: ")
-    return declared | values
+    return check_values(declared_parameters(notebook), given, Path(notebook).stem)
 
 
 def require_known(names: Iterable[str], known: Mapping[str, Value], where: str) -> None:
@@ -107,8 +103,16 @@ def convert(name: str, value: Any, default: Value, where: str = "", text: bool =
         ) from None
 
 
-def check_values(parameters: Mapping[str, Any], where: str = "") -> None:
-    """Check the values that mean the same in every chapter (protocol, seeds, max_users, dataset) or ParameterError."""
+def check_values(
+    declared: dict[str, Value], given: Mapping[str, Any], chapter: str, text: bool = True
+) -> dict[str, Value]:
+    """The declared defaults, replaced by the given values (see `convert`), or ParameterError.
+
+    Checked, too, are those that mean the same in every chapter: protocol, seeds, max_users, dataset.
+    """
+    require_known(given, declared, chapter)
+    where = f"{chapter}: "
+    parameters = declared | {name: convert(name, value, declared[name], where, text) for name, value in given.items()}
     for protocol in [parameters.get("protocol", PROTOCOLS[0]), *parameters.get("protocols", [])]:
         if protocol not in PROTOCOLS:
             raise ParameterError(f"{where}protocol {protocol!r} is not one of {', '.join(PROTOCOLS)}")
@@ -118,13 +122,17 @@ def check_values(parameters: Mapping[str, Any], where: str = "") -> None:
     dataset = parameters.get("dataset", "name")
     if not dataset or Path(dataset).name != dataset:
         raise ParameterError(f"{where}dataset {dataset!r} must be a name; say where it lies with data_dir")
+    return parameters
 
 
-def profile_values(profiles: Path, profile: str, known: Mapping[str, Mapping[str, Value]]) -> dict[str, dict[str, Any]]:
-    """What a profile sets for each chapter: its ``all`` values where a chapter declares them, then the chapter's own.
+def chapter_values(
+    profiles: Path, profile: str, given: dict[str, Any], chapters: Sequence[str], known: Mapping[str, dict[str, Value]]
+) -> list[dict[str, Value]]:
+    """The values of each of `chapters`: defaults, replaced by the profile's ``all``, the chapter's own, the given ones.
 
     The file `profiles` reads ``profile: {all: {name: value}, chapter: {name: value}}``. `known` holds the declared
-    parameters of every chapter there is, so that a misspelt entry is found (ParameterError).
+    parameters of every chapter there is, so that a misspelt entry is found (ParameterError). What the profile sets for
+    all and what is given goes to each chapter that declares it.
     """
     content = yaml.safe_load(profiles.read_text(encoding="utf-8")) or {}
     if profile not in content:
@@ -135,8 +143,11 @@ def profile_values(profiles: Path, profile: str, known: Mapping[str, Mapping[str
         if section not in allowed:
             raise ParameterError(f"{profiles}, profile {profile!r}: there is no chapter {section!r}")
         require_known(values, allowed[section], f"{section} (profile {profile!r} in {profiles})")
-    everywhere = sections.get("all", {}).items()
-    return {
-        chapter: {name: value for name, value in everywhere if name in declared} | sections.get(chapter, {})
-        for chapter, declared in known.items()
-    }
+    declared = {name: value for chapter in chapters for name, value in known[chapter].items()}
+    require_known(given, declared, ", ".join(chapters))
+    effective = []
+    for chapter in chapters:
+        wanted = sections.get("all", {}) | sections.get(chapter, {}) | given
+        own = {name: value for name, value in wanted.items() if name in known[chapter]}
+        effective.append(check_values(known[chapter], own, chapter))
+    return effective

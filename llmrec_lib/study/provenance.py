@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import platform
+import re
 import resource
 import sys
 from importlib import metadata
@@ -43,12 +44,10 @@ def machine() -> dict[str, Any]:
     """Processor model, cores, memory in GB, operating system and, where one is in use, the GPU model."""
     import psutil
 
-    model = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    cpuinfo = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", cpuinfo.read_text(errors="replace")) if cpuinfo.exists() else None
     facts = {
-        "cpu": model,
+        "cpu": named[1].strip() if named else platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",

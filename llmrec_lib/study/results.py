@@ -19,7 +19,7 @@ import pyarrow.parquet
 from llmrec_lib.cache import atomic_write, content_key
 from llmrec_lib.datasets import Dataset, load_dataset
 from llmrec_lib.study import provenance
-from llmrec_lib.study.parameters import check_values, convert, literals, require_known
+from llmrec_lib.study.parameters import check_values, literals
 
 if TYPE_CHECKING:
     from llmrec_lib.evaluation import Evaluation
@@ -44,11 +44,8 @@ class Study:
 
     def __init__(self, chapter: str, **parameters: Any):
         _check_injected(chapter, _session_cells())
-        self.parameters = COMMON | {
-            name: convert(name, value, COMMON.get(name, value), f"{chapter}: ", text=False)
-            for name, value in parameters.items()
-        }
-        check_values(self.parameters, f"{chapter}: ")
+        # A common parameter is of its default's type, any other of its own.
+        self.parameters = check_values(COMMON | parameters | COMMON, parameters, chapter, text=False)
         self.chapter = chapter
         self.protocol: str = self.parameters["protocol"]
         self.folder = Path(self.parameters["results_dir"]) / self.parameters["dataset"] / chapter
@@ -159,10 +156,8 @@ class Study:
         metrics = rows.sort_values(METRICS_ORDER, kind="stable", ignore_index=True)
         self._write_csv(metrics, "metrics.csv")
         with atomic_write(self.folder / "per_user.parquet") as temporary:
-            writer, small = (
-                None,
-                {"compression": "zstd", "compression_level": 19, "use_dictionary": ["method", "metric"]},
-            )
+            writer = None
+            small = {"compression": "zstd", "compression_level": 19, "use_dictionary": ["method", "metric"]}
             small["column_encoding"] = dict.fromkeys(("seed", "user", "k"), "DELTA_BINARY_PACKED")
             for unit in ordered:  # one unit at a time: all users × metrics × methods × seeds need not fit in memory
                 rows = unit.per_user_tidy().sort_values(["metric", "k", "user"], kind="stable")
@@ -242,9 +237,7 @@ def _check_injected(chapter: str, cells: list[str]) -> None:
         if source.startswith("# Parameters\n"):
             declared = literals(before, f"{chapter}, parameters cell")
             injected = literals(source, f"{chapter}, injected parameters")
-            require_known(injected, declared, chapter)
-            for name, value in injected.items():
-                convert(name, value, declared[name], f"{chapter}: ", text=False)
+            check_values(declared, injected, chapter, text=False)
 
 
 def _model_hash(name: str) -> str | None:

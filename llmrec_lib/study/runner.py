@@ -16,14 +16,7 @@ from typing import Any
 from llmrec_lib.cache import atomic_write, content_key, file_sha256
 from llmrec_lib.datasets import load_dataset
 from llmrec_lib.study import provenance
-from llmrec_lib.study.parameters import (
-    ParameterError,
-    Value,
-    check_parameters,
-    declared_parameters,
-    profile_values,
-    require_known,
-)
+from llmrec_lib.study.parameters import ParameterError, Value, chapter_values, declared_parameters
 
 
 @dataclass(frozen=True)
@@ -84,10 +77,10 @@ def run(
     force : execute also what is up to date. Units that were kept are read back all the same.
     report : receives one line of progress at a time.
     """
-    if engine not in ("local", "dask"):
-        raise ParameterError(f"engine {engine!r} is not one of local, dask")
-    if scheduler and engine != "dask":
-        raise ParameterError(f"a scheduler ({scheduler}) needs the engine dask")
+    if engine not in ("local", "dask") or (scheduler and engine != "dask"):
+        raise ParameterError(
+            f"engine {engine!r}, scheduler {scheduler!r}: use one of local, dask, dask with a scheduler"
+        )
     given = dict(parameters or {}) | ({} if results_dir is None else {"results_dir": str(results_dir)})
     jobs = _plan(chapters, profile, given, Path(notebooks_dir), Path(executed_dir))
     outcomes = {job.chapter: ChapterOutcome(job.chapter, "up to date", 0.0, job.target) for job in jobs}
@@ -122,22 +115,17 @@ def _plan(
 ) -> list[_Job]:
     chapters = find_chapters(names, notebooks_dir)
     known = {path.stem: declared_parameters(path) for path in find_chapters((), notebooks_dir)}
-    scaled = profile_values(notebooks_dir / "profiles.yaml", profile, known)
-    declared = {name: value for path in chapters for name, value in known[path.stem].items()}
-    require_known(given, declared, ", ".join(path.stem for path in chapters))
-    effective = {}
-    for path in chapters:
-        own = {name: value for name, value in given.items() if name in known[path.stem]}
-        effective[path] = check_parameters(path, scaled[path.stem] | own)
+    names = [path.stem for path in chapters]
+    effective = chapter_values(notebooks_dir / "profiles.yaml", profile, given, names, known)
     lock = notebooks_dir.absolute().parent / "requirements.lock"
-    places = {path: (values.get("dataset", ""), values.get("data_dir", "")) for path, values in effective.items()}
-    data = {place: load_dataset(*place).fingerprint for place in set(places.values()) if place[0]}
+    places = [(values.get("dataset", ""), values.get("data_dir", "")) for values in effective]
+    data = {place: load_dataset(*place).fingerprint for place in set(places) if place[0]}
     return [
         _Job(
             chapter=path.stem,
             source=path.absolute(),
             target=executed_dir.absolute() / path.name,
-            results=Path.cwd() / values.get("results_dir", "results") / places[path][0] / path.stem,
+            results=Path.cwd() / values.get("results_dir", "results") / place[0] / path.stem,
             folder=Path.cwd(),
             parameters=values,
             changed={name: value for name, value in values.items() if value != known[path.stem][name]},
@@ -146,12 +134,12 @@ def _plan(
                 "parameters": content_key(values),
                 "library": provenance.library_hash(),
                 "lock": file_sha256(lock) if lock.exists() else None,
-                "data": data.get(places[path]),
+                "data": data.get(place),
                 "versions": content_key(provenance.versions()),
             },
             threads=os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count()),
         )
-        for path, values in effective.items()
+        for path, values, place in zip(chapters, effective, places, strict=True)
     ]
 
 
@@ -277,8 +265,5 @@ def _execute_on_dask(jobs: Sequence[_Job], scheduler: str | None) -> Iterator[Ch
         futures = {client.submit(_execute, job, pure=False, retries=0): job for job in jobs}
         for future in as_completed(futures):
             job, error = futures[future], future.exception()
-            if error is None:
-                yield future.result()
-            else:
-                message = f"{job.chapter} was lost with its worker: {error}"
-                yield ChapterOutcome(job.chapter, "failed", 0.0, job.target, message)
+            lost = f"{job.chapter} was lost with its worker: {error}"
+            yield ChapterOutcome(job.chapter, "failed", 0.0, job.target, lost) if error else future.result()
