@@ -76,12 +76,8 @@ class TextEncoder:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         folder = catalog.fetch(model) if isinstance(model, str) else None
-        if isinstance(model, str):
-            loaded, self.tokenizer = catalog.load_encoder(model, self.dtype)
-            self._hash = catalog.model_hash(folder)
-        else:
-            loaded, self.tokenizer = model
-            self._hash = catalog.weights_hash(loaded)
+        loaded, self.tokenizer = catalog.load_encoder(model, self.dtype) if folder else model
+        self._hash = catalog.model_hash(folder) if folder else catalog.weights_hash(loaded)
         self.model = loaded.to(device=self.device, dtype=self.dtype).eval()
         pack_linears(self.model)
         self.pooling = _pooling_of(folder, self.model) if pooling == "auto" else pooling
@@ -113,9 +109,7 @@ class TextEncoder:
         return torch.nn.functional.normalize(embeddings, dim=1) if normalize else embeddings
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        ids = self.tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
+        ids = self.tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"] if texts else []
         return [row or [first_token(self.tokenizer)] for row in ids]
 
     @torch.inference_mode()
@@ -150,10 +144,8 @@ def pad_right(ids: list[list[int]], device: torch.device) -> tuple[Tensor, Tenso
 
 def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that stands for "nothing yet": beginning of sequence, else end of sequence, else padding, else 0."""
-    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
-        if token is not None:
-            return token
-    return 0
+    special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    return next((token for token in special if token is not None), 0)
 
 
 def _pooling_of(folder: Path | None, model: PreTrainedModel) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -90,8 +91,8 @@ class TitleLikelihood:
         pack_linears(self.model)
         self.chunk_tokens = chunk_tokens
         self._read_titles(titles, suffix)
-        parameters = inspect.signature(self.model.forward).parameters
-        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"  # renamed in transformers 5
+        renamed = "cache" in inspect.signature(self.model.forward).parameters  # within transformers 5
+        self._cache_argument = "cache" if renamed else "past_key_values"
         self._split_head = False
         self.shares_prompt = self._can_share_prompt()
         self._split_head = self.shares_prompt and self._has_plain_head()
@@ -190,8 +191,7 @@ class TitleLikelihood:
             empty = self.titles[[bool(row) for row in tokens].index(False)]
             raise ValueError(f"title {empty!r} with suffix {self.suffix!r} has no tokens; give a suffix that has one")
         longest = max(1, self.context // 2) if self.context else max(map(len, tokens))
-        if any(len(row) > longest for row in tokens):
-            n_cut = sum(len(row) > longest for row in tokens)
+        if n_cut := sum(len(row) > longest for row in tokens):
             warnings.warn(f"{n_cut} title(s) have more than {longest} tokens, half the context; cut", stacklevel=3)
         return [row[:longest] for row in tokens]
 
@@ -211,13 +211,8 @@ class TitleLikelihood:
         for nodes, parents, n_repeated in tree.chunks(self.chunk_tokens, inner):
             mask = _ancestor_mask(parents, len(prompt), self.dtype).to(self.device)
             positions = (tree.depth[nodes] + (len(prompt) - 1)).to(self.device)
-            states, cache = self._read(
-                tree.tokens[nodes].to(self.device),
-                cache,
-                keep=len(nodes) - n_repeated,
-                attention_mask=mask[None, None],
-                position_ids=positions[None],
-            )
+            shown = {"attention_mask": mask[None, None], "position_ids": positions[None]}
+            states, cache = self._read(tree.tokens[nodes].to(self.device), cache, len(nodes) - n_repeated, **shown)
             cache.crop(-len(nodes))
             self._score_children(states, nodes[n_repeated:].tolist(), tree, log_p, over)
         return tree.path_sums(log_p).float()
@@ -351,29 +346,22 @@ class _Tree:
     """Prefix tree of token lists. Node 0 is the prompt; the others are numbered depth first, so parents come first."""
 
     def __init__(self, titles: list[list[int]]) -> None:
-        tokens, parents, depth, ends = [0], [0], [0], {}
-        path, previous = [0], ()
+        nodes: dict[tuple[int, ...], int] = {(): 0}
         for title in sorted(set(map(tuple, titles))):
-            shared = 0
-            while shared < min(len(title), len(previous)) and title[shared] == previous[shared]:
-                shared += 1
-            del path[shared + 1 :]
-            for token in title[shared:]:
-                parents.append(path[-1])
-                path.append(len(tokens))
-                tokens.append(token)
-                depth.append(len(path) - 1)
-            ends[title], previous = path[-1], title
-        self.tokens, self.depth, self.parents = torch.tensor(tokens), torch.tensor(depth), parents
-        self.ends = torch.tensor([ends[tuple(title)] for title in titles])
-        self.children: list[list[int]] = [[] for _ in tokens]
-        for node in range(1, len(tokens)):
-            self.children[parents[node]].append(node)
-        self.inner = [node for node in range(1, len(tokens)) if self.children[node]]
+            for length in range(1, len(title) + 1):
+                nodes.setdefault(title[:length], len(nodes))
+        self.tokens = torch.tensor([beginning[-1] if beginning else 0 for beginning in nodes])
+        self.depth = torch.tensor([len(beginning) for beginning in nodes])
+        self.parents = [nodes[beginning[:-1]] for beginning in nodes]
+        self.ends = torch.tensor([nodes[tuple(title)] for title in titles])
+        self.children: list[list[int]] = [[] for _ in nodes]
+        for node, parent in enumerate(self.parents[1:], 1):
+            self.children[parent].append(node)
+        self.inner = [node for node in range(1, len(nodes)) if self.children[node]]
         """Nodes with children, the prompt left out: what a model has to read."""
         forks_below = [len(children) > 1 for children in self.children]
-        for node in range(len(tokens) - 1, 0, -1):
-            forks_below[parents[node]] |= forks_below[node]
+        for node in range(len(nodes) - 1, 0, -1):
+            forks_below[self.parents[node]] |= forks_below[node]
         self.before_forks = [node for node in self.inner if forks_below[node]]
         """Nodes with several children, at them or below: all that decides between titles."""
 
@@ -411,12 +399,9 @@ def _log_softmax_by_group(values: Tensor, groups: Tensor, n_groups: int) -> Tens
 def _ancestor_mask(parents: list[int], n_prompt: int, dtype: torch.dtype) -> Tensor:
     """Additive attention mask [n, n_prompt + n]: each node sees the prompt, its ancestors and itself."""
     n = len(parents)
-    visible = torch.zeros(n, n, dtype=torch.bool)
-    rows, seen, parent = torch.arange(n), torch.arange(n), torch.tensor(parents)
-    while len(rows):
-        visible[rows, seen] = True
-        seen = parent[seen]
-        rows, seen = rows[seen >= 0], seen[seen >= 0]
+    visible = np.eye(n + 1, n, dtype=bool)  # the last row, −1, is the prompt's: no node is above it
+    for node, parent in enumerate(parents):
+        visible[node] |= visible[parent]
     mask = torch.zeros(n, n_prompt + n, dtype=dtype)
-    mask[:, n_prompt:].masked_fill_(~visible, torch.finfo(dtype).min)
+    mask[:, n_prompt:].masked_fill_(torch.from_numpy(~visible[:n]), torch.finfo(dtype).min)
     return mask
