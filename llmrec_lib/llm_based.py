@@ -81,9 +81,7 @@ class TitleLikelihoodRecommender(Recommender):
         if rule not in SCORES:
             raise ValueError(f"no rule {rule!r}; there are {', '.join(SCORES)}")
         if len(likelihood.titles) != split.dataset.n_items - 1:
-            raise ValueError(
-                f"the likelihood has {len(likelihood.titles)} titles for {split.dataset.n_items - 1} items"
-            )
+            raise ValueError(f"likelihood has {len(likelihood.titles)} titles for {split.dataset.n_items - 1} items")
         super().__init__(split, name or f"likelihood ({rule}{', catalogue' if over == 'catalogue' else ''})")
         self.likelihood = likelihood
         self.template = template

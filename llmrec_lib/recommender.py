@@ -155,9 +155,7 @@ class ScoreTable(Recommender):
     def score(self, users: LongTensor) -> FloatTensor:
         rows = self._rows[users]
         if (rows < 0).any():
-            raise KeyError(
-                f"user {int(users[rows < 0][0])} is not among the {len(self._users)} users of this ScoreTable"
-            )
+            raise KeyError(f"user {int(users[rows < 0][0])} is not among the {len(self._users)} users of this table")
         if self.phase not in self._tables:
             arm = self.recommender.at(self.phase)
             self._tables[self.phase] = torch.cat([arm.score(batch) for batch in self._users.split(self.batch_size)])

@@ -149,29 +149,28 @@ def evaluate(
     """
     method = method or recommender.name
     seed = split.seed if seed is None else seed
+    n_items = split.dataset.n_items
     users = split.eval_users(phase) if users is None else np.asarray(users, dtype=np.int64).copy()
     targets = split.targets(phase)
     if among is not None:
-        targets = csr_matrix(targets.multiply(np.isin(np.arange(split.dataset.n_items), among)))
+        targets = csr_matrix(targets.multiply(np.isin(np.arange(n_items), among)))
         targets.eliminate_zeros()
         users = users[np.diff(targets.indptr)[users] > 0]
     n_targets = np.diff(targets.indptr)[users]
     if not len(users) or not n_targets.all():
-        raise ValueError(
-            f"{'no users' if not len(users) else 'some users'} to judge at phase {phase!r}: each needs at least one held-out "
-            f"item; take them from split.eval_users({phase!r})"
-        )
+        who = "some users have nothing" if len(users) else "no users"
+        raise ValueError(f"{who} to judge at phase {phase!r}: take users from split.eval_users({phase!r})")
     if phase == "test":
         look = split.fingerprint, method, seed
         configuration = recommender.describe()
         _check_first_look(look, configuration)
-    k = min(max(ks), split.dataset.n_items - 1)
-    if k < max(ks):
-        raise ValueError(f"ks asks for {max(ks)} items; the catalogue has {k}")
+    k = max(ks)
+    if k >= n_items:
+        raise ValueError(f"ks asks for {k} items; the catalogue has {n_items - 1}")
 
     view = recommender.at(phase)
-    order = tie_order(split.dataset.n_items)
-    batch_size = batch_size or max(1, BATCH_SCORES // split.dataset.n_items)
+    order = tie_order(n_items)
+    batch_size = batch_size or max(1, BATCH_SCORES // n_items)
     lists = np.empty((len(users), k), dtype=np.int32)
     table = np.empty((len(users), len(PER_USER) * len(set(ks))), order="F")
     seconds = 0.0
@@ -182,14 +181,11 @@ def evaluate(
         start = time.perf_counter()
         scores = view.score(batch).float()
         seconds += time.perf_counter() - start
-        if scores.shape != (len(batch), split.dataset.n_items):
-            raise ValueError(
-                f"{method}: score() gave {tuple(scores.shape)} instead of ({len(batch)}, {split.dataset.n_items})"
-            )
+        if scores.shape != (len(batch), n_items):
+            raise ValueError(f"{method}: score() gave {tuple(scores.shape)} instead of ({len(batch)}, {n_items})")
         broken = scores[:, 1:].amax(dim=1).isnan()  # the maximum of a row with a NaN is NaN
         if broken.any():
-            user = int(batch[broken][0])
-            raise ValueError(f"{method}: scores of user {user} contain NaN; look at its history and inputs")
+            raise ValueError(f"{method}: scores of user {batch[broken][0]} contain NaN; look at its history and inputs")
         lists[rows] = top_k(mask_seen(scores.clone(), split, batch, phase), k, order)
         hits = targets[users[rows, None], lists[rows]].toarray() > 0
         values = per_user_metrics(hits, n_targets[rows], split.item_counts[lists[rows]], ks)
@@ -204,7 +200,7 @@ def evaluate(
         seed=seed,
         phase=phase,
         per_user=pd.DataFrame(table, columns=[*values], index=pd.Index(users, name="user")),
-        catalogue=catalogue_metrics(lists, split.dataset.n_items - 1, ks),
+        catalogue=catalogue_metrics(lists, n_items - 1, ks),
         seconds=seconds,
     )
 

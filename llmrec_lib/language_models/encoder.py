@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,12 +116,10 @@ class TextEncoder:
     @torch.inference_mode()
     def _embed(self, ids: list[list[int]], progress: bool) -> Tensor:
         embeddings = torch.zeros(len(ids), self.model.config.hidden_size)
-        of_length: dict[int, list[int]] = {}
-        for row, tokens in enumerate(ids):
-            of_length.setdefault(len(tokens), []).append(row)
+        order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))  # what does not fit into memory fails at once
         with tqdm(total=len(ids), desc="embedding", unit="text", disable=not progress) as bar:
-            for length in sorted(of_length, reverse=True):  # what does not fit into memory fails at once
-                for batch in torch.tensor(of_length[length]).split(max(1, BATCH_TOKENS // length)):
+            for length, rows in itertools.groupby(order, key=lambda row: len(ids[row])):
+                for batch in torch.tensor(list(rows)).split(max(1, BATCH_TOKENS // length)):
                     tokens = torch.tensor([ids[row] for row in batch.tolist()], device=self.device)
                     embeddings[batch] = self._forward(tokens).float().cpu()
                     bar.update(len(batch))
@@ -197,8 +196,7 @@ class Whitening:
             raise ValueError(f"n_components is {n_components}; it must lie in 1..{dimensions}")
         rows = embeddings.double()
         self.mean = rows.mean(0)
-        covariance = torch.cov(rows.T).reshape(dimensions, dimensions)
-        variances, directions = torch.linalg.eigh(covariance)
+        variances, directions = torch.linalg.eigh(torch.cov(rows.T).reshape(dimensions, dimensions))
         variances, directions = variances.flip(0).clamp_min(0), directions.flip(1)
         shrunk = (1 - shrinkage) * variances + shrinkage * variances.mean()
         scale = torch.where(shrunk > 1e-12 * shrunk[0].clamp_min(1e-300), shrunk.rsqrt(), 0.0)

@@ -368,18 +368,16 @@ class _Tree:
     def chunks(self, size: int, inner: list[int]) -> Iterator[tuple[Tensor, list[int], int]]:
         """The nodes of `inner`, about `size` at a time: ids, place of each one's parent in the chunk (-1: the prompt),
         and how many ancestors at the beginning are repeated from earlier chunks."""
-        start = 0
-        while start < len(inner):
+        while inner:
             ancestors: list[int] = []
-            while (parent := self.parents[ancestors[-1] if ancestors else inner[start]]) != 0:
+            while (parent := self.parents[ancestors[-1] if ancestors else inner[0]]) != 0:
                 ancestors.append(parent)
-            remaining = len(inner) - start
-            room = max(1, size - len(ancestors))
-            fresh = inner[start : start + -(-remaining // -(-remaining // room))]  # equal chunks
-            nodes = ancestors[::-1] + fresh
+            n_chunks = -(-len(inner) // max(1, size - len(ancestors)))
+            n_fresh = -(-len(inner) // n_chunks)  # equal chunks
+            nodes = ancestors[::-1] + inner[:n_fresh]
             place = {node: i for i, node in enumerate(nodes)} | {0: -1}
             yield torch.tensor(nodes), [place[self.parents[node]] for node in nodes], len(ancestors)
-            start += len(fresh)
+            inner = inner[n_fresh:]
 
     def path_sums(self, values: Tensor) -> Tensor:
         """Sum of the node values from the prompt to the end of each title, float64 [n_titles]."""
