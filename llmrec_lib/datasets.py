@@ -118,7 +118,9 @@ def load_dataset(name: str = "ml-100k", data_dir: str | Path = "") -> Dataset:
         if (parent / name).is_dir():
             return load_folder(parent / name)
     if str(data_dir):
-        raise DataNotFoundError(f"there is no folder {parent / name}; {_what_is_there(parent, name)}")
+        found = sorted(file.stem for file in parent.glob("*/*.inter") if file.stem == file.parent.name)
+        holds = ", ".join(found[:10]) or "no folder NAME with a file NAME.inter, or does not exist"
+        raise DataNotFoundError(f"there is no {parent / name}: data_dir holds {holds}; give the folder above {name}")
     urls = download_urls()
     if name not in urls:
         close = difflib.get_close_matches(name, [*urls, "ml-100k"], n=3)
@@ -305,7 +307,7 @@ def _entities(
     if table is not None:
         own = table.ids(column)
         table.refuse(column, own.duplicated(), "occurs twice")
-        inter.refuse(column, ~ids.isin(own), f"does not occur in {table.path.name}: add it there")
+        inter.refuse(column, ~ids.isin(own), f"does not occur in {table.path.name}")
         used = own.isin(known).to_numpy()
         if not used.all():
             notes.append(f"{(~used).sum():,} {column[:4]}s without interactions left out")
@@ -348,13 +350,6 @@ def _sentences(frame: pd.DataFrame, columns: list[str], starts: list[str]) -> li
 def _or_ids(texts: Iterable[str], ids: np.ndarray) -> list[str]:
     """The texts, the id in place of an empty one; PAD's stays empty."""
     return ["", *[text if text.strip() else key for text, key in zip(texts, ids, strict=True)][1:]]
-
-
-def _what_is_there(parent: Path, name: str) -> str:
-    if (parent / f"{name}.inter").is_file():
-        return f"{name}.inter lies in {parent} itself: move it into a folder {name}, data_dir is the folder above that"
-    found = sorted(file.stem for file in parent.glob("*/*.inter") if file.stem == file.parent.name)
-    return f"data_dir holds {', '.join(found[:10]) or 'no folder NAME with a file NAME.inter, or does not exist'}"
 
 
 def _recbole_folder() -> Path | None:

@@ -199,10 +199,8 @@ def split(
     """
     if protocol not in PROTOCOLS:
         raise ProtocolError(f"protocol {protocol!r} is unknown; use one of {', '.join(PROTOCOLS)}")
-    if len(ratios) != 3 or not all(0 < ratio < np.inf for ratio in ratios):
-        raise ValueError(f"ratios {ratios} must be three numbers > 0: train, valid, test")
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; it must be 0 or more")
+    if seed < 0 or len(ratios) != 3 or not all(0 < ratio < np.inf for ratio in ratios):
+        raise ValueError(f"seed {seed} must be at least 0, ratios {ratios} three numbers > 0: train, valid, test")
     possible = {"timestamp": PROTOCOLS, "position": PROTOCOLS[:3], None: PROTOCOLS[:2]}[dataset.time]
     if protocol not in possible:
         has = "timestamps that cannot be compared between users" if dataset.time else "no timestamps"

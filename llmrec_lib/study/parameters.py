@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from llmrec_lib.splits import PROTOCOLS
 
 Value = str | int | float | bool | list
-TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list like the default"}
 
 
 class ParameterError(ValueError):
@@ -88,10 +88,9 @@ def convert(name: str, value: Any, default: Value, where: str = "", text: bool =
     kind = type(default)
     if kind not in TYPES:
         raise ParameterError(f"{where}parameter {name!r} must be text, a number, True, False or a list, got {value!r}")
-    expected, wanted = TYPES[kind], kind
+    wanted = kind
     if kind is list and len(elements := {type(element) for element in default}) == 1:
         wanted = list[elements.pop()]
-        expected += f" of {wanted.__args__[0].__name__} values"
     adapter = TypeAdapter(wanted)
     try:
         if text and isinstance(value, str) and kind is not str:
@@ -99,7 +98,7 @@ def convert(name: str, value: Any, default: Value, where: str = "", text: bool =
         return adapter.validate_python(value, strict=True)
     except ValidationError:
         raise ParameterError(
-            f"{where}parameter {name!r} must be {expected} (default {default!r}), got {value!r} ({type(value).__name__})"
+            f"{where}parameter {name!r} must be {TYPES[kind]} (default {default!r}), got {value!r} ({type(value).__name__})"
         ) from None
 
 

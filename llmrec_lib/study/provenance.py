@@ -66,9 +66,5 @@ def peak_memory_mb() -> float:
 
 def public_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     """The parameters with absolute paths cut to their last component, so that no machine's folders are published."""
-
-    def public(value: Any) -> Any:
-        private = isinstance(value, str) and (os.path.isabs(value) or value.startswith("~"))
-        return PurePath(value).name if private else value
-
-    return {name: public(value) for name, value in parameters.items()}
+    private = {n for n, v in parameters.items() if isinstance(v, str) and (os.path.isabs(v) or v.startswith("~"))}
+    return {name: PurePath(value).name if name in private else value for name, value in parameters.items()}

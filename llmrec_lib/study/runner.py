@@ -209,10 +209,9 @@ def _papermill(job: _Job, output: Path) -> None:
 def _describe_failure(chapter: str, error: Exception, notebook: Path) -> str:
     """Chapter, cell (counted from 1 in the source notebook), exception, and where to look at what was reached."""
     what = f"{error.ename}: {error.evalue}" if hasattr(error, "ename") else f"{type(error).__name__}: {error}"
-    try:
-        cells = [cell["metadata"] for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
-    except (OSError, ValueError):  # not a single cell was reached
+    if not notebook.exists():
         return f"{chapter} failed before its first cell with {what}"
+    cells = [cell["metadata"] for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]]
     added = {"injected-parameters", "papermill-error-cell-tag"}
     own = [cell for cell in cells if not added.intersection(cell.get("tags", []))]
     reached = [number for number, cell in enumerate(own, 1) if cell.get("papermill", {}).get("start_time")]
