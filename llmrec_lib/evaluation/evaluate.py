@@ -119,6 +119,7 @@ def evaluate(
     ks: Sequence[int] = KS,
     users: Sequence[int] | None = None,
     among: Sequence[int] | None = None,
+    candidates: Sequence[int] | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Evaluation:
@@ -137,6 +138,7 @@ def evaluate(
     ks : cut-offs.
     users : user ids to judge; all with at least one target by default.
     among : item ids; only these count as targets, and only users with such a target are judged. All items are ranked.
+    candidates : item ids; only these are ranked, all by default. For questions about a group of items, not for headlines.
     batch_size : users scored at once, which takes about ``8 · batch_size · n_items`` bytes; by default as many as make
         `BATCH_SCORES` scores, so that memory does not grow with users or items.
 
@@ -186,23 +188,18 @@ def evaluate(
         broken = scores[:, 1:].amax(dim=1).isnan()  # the maximum of a row with a NaN is NaN
         if broken.any():
             raise ValueError(f"{method}: scores of user {batch[broken][0]} contain NaN; look at its history and inputs")
-        lists[rows] = top_k(mask_seen(scores.clone(), split, batch, phase), k, order)
+        masked = mask_seen(scores.clone(), split, batch, phase)
+        if candidates is not None:
+            masked[:, np.isin(np.arange(split.dataset.n_items), candidates, invert=True)] = -torch.inf
+        lists[rows] = top_k(masked, k, order)
         hits = targets[users[rows, None], lists[rows]].toarray() > 0
         values = per_user_metrics(hits, n_targets[rows], split.item_counts[lists[rows]], ks)
         table[rows] = np.stack([*values.values()], axis=1)
     if phase == "test":
         _judged[look] = configuration
-    return Evaluation(
-        method=method,
-        family=family,
-        dataset=split.dataset.name,
-        protocol=split.protocol,
-        seed=seed,
-        phase=phase,
-        per_user=pd.DataFrame(table, columns=[*values], index=pd.Index(users, name="user")),
-        catalogue=catalogue_metrics(lists, n_items - 1, ks),
-        seconds=seconds,
-    )
+    per_user = pd.DataFrame(table, columns=[*values], index=pd.Index(users, name="user"))
+    about = (method, family, split.dataset.name, split.protocol, seed, phase)
+    return Evaluation(*about, per_user, catalogue_metrics(lists, n_items - 1, ks), seconds)
 
 
 _judged: dict[tuple[str, str, int], dict] = {}

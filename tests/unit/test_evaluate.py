@@ -232,14 +232,28 @@ def test_only_some_targets_count(random_table):
     """Judged among some items: as if nobody had taken the others, while all are ranked and masked as before."""
     parts = random_table.split
     some = np.array([1, 4, 6, 7, 9, 12])
-    found = evaluate(random_table, parts, method="some", among=some)
+    found = evaluate(random_table, parts, method="some", among=some, ks=(5, 10))
     targets = [set(parts.targets("test")[user].indices) & set(some.tolist()) for user in parts.eval_users("test")]
     expected = [user for user, left in zip(parts.eval_users("test"), targets, strict=True) if left]
     assert found.per_user.index.tolist() == expected and len(expected) < 24
-    whole = evaluate(random_table, parts, method="all")
+    whole = evaluate(random_table, parts, method="all", ks=(5, 10))
     alone = [user for user in expected if parts.targets("test")[user].nnz == 1]
     assert alone and found.per_user.loc[alone].equals(whole.per_user.loc[alone])
-    everything = evaluate(random_table, parts, method="everything", among=range(1, 17))
+    everything = evaluate(random_table, parts, method="everything", among=range(1, 17), ks=(5, 10))
     assert everything.per_user.equals(whole.per_user)
     with pytest.raises(ValueError, match="no users to judge"):
-        evaluate(random_table, parts, method="none", among=[])
+        evaluate(random_table, parts, method="none", among=[], ks=(5, 10))
+
+
+def test_only_some_items_are_ranked(random_table):
+    """As if all others were masked: the lists hold candidates first, in the order of their scores."""
+    parts, some = random_table.split, np.array([1, 4, 6, 7, 9, 12, 14])
+    found = evaluate(random_table, parts, method="some", among=some, candidates=some, ks=(1, 3))
+    order = tie_order(parts.dataset.n_items)
+    for user in found.per_user.index:
+        left = [item for item in some if not parts.seen("test")[user, item]]
+        best = max(left, key=lambda item: (random_table.table[user, item].item(), -order[item].item()))
+        assert found.per_user.loc[user, "hit@1"] == float(parts.targets("test")[user, best] > 0)
+    whole = evaluate(random_table, parts, method="whole", among=some, ks=(1, 3))
+    assert (found.per_user["mrr@3"] >= whole.per_user["mrr@3"]).all()
+    assert found.mean("mrr@3") > whole.mean("mrr@3")
