@@ -40,9 +40,8 @@ def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrain
     n_layers = len(transformer_layers(model))
     kept = sorted(range(layers) if isinstance(layers, int) else layers)
     if not kept or len(set(kept)) < len(kept) or not 0 <= kept[0] <= kept[-1] < n_layers:
-        raise ValueError(
-            f"layers is {layers}; {type(model).__name__} has {n_layers}, numbered from 0: keep one or more"
-        )
+        asked = layers if isinstance(layers, int) else list(layers)
+        raise ValueError(f"layers is {asked}; {type(model).__name__} has {n_layers}, numbered from 0: keep one or more")
     model = copy.deepcopy(model)
     own = transformer_layers(model)
     chosen = [own[place] for place in kept]

@@ -133,10 +133,10 @@ class TextEncoder:
         return hidden[:, 0 if self.pooling == "cls" else -1]
 
 
-def pad_right(ids: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token lists of any lengths as one LongTensor [n, longest], filled with 0, and its mask of real tokens."""
+def pad_right(ids: list[list[int]], device: torch.device, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Token lists of any lengths as one LongTensor [n, longest], padded with `fill`, and its mask of real tokens."""
     longest = max(map(len, ids))
-    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=device)
+    tokens = torch.tensor([row + [fill] * (longest - len(row)) for row in ids], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=device)
     return tokens, mask
 

@@ -230,15 +230,11 @@ def finetune(
     shutil.rmtree(checkpoint.parent, ignore_errors=True)
     report = json.loads(bytes(stored.pop("report").tolist()))
     model.load_state_dict(stored, strict=False)
-    return FineTuned(
-        model=low_rank.merge_low_rank(model).requires_grad_(False),
-        tokenizer=tokenizer,
-        curve=pd.DataFrame(report["curve"], columns=_CURVE),
-        tokens_per_second=report["tokens"] / report["seconds"],
-        share_of_roof=report["flops"] / report["seconds"] / report["roof"],
-        adapter=stored if method == "lora" else None,
-        settings=settings,
-    )
+    merged = low_rank.merge_low_rank(model).requires_grad_(False)
+    curve = pd.DataFrame(report["curve"], columns=_CURVE)
+    tokens_per_second, flops_per_second = report["tokens"] / report["seconds"], report["flops"] / report["seconds"]
+    speed = (tokens_per_second, flops_per_second / report["roof"])
+    return FineTuned(merged, tokenizer, curve, *speed, stored if method == "lora" else None, settings)
 
 
 # The model: what is kept of it, what is trained in it
@@ -410,9 +406,7 @@ def _loss(model: nn.Module, head: _Head, batch: list[Window], dtype: torch.dtype
     """Nats of all titles of a batch, and the FLOPs of its head; with `train`, gradients of the mean per prediction."""
     device = next(model.parameters()).device
     tokens, _ = pad_right([ids for ids, _, _ in batch], device)  # a causal model needs no mask for what comes after
-    nodes = torch.full_like(tokens, _NONE)
-    for row, (_, own, _) in enumerate(batch):
-        nodes[row, : len(own)] = torch.tensor(own)
+    nodes, _ = pad_right([own for _, own, _ in batch], device, _NONE)
     places = nodes != _NONE
     targets, nodes = tokens.roll(-1, 1)[places], nodes[places]
     total = torch.zeros((), dtype=torch.float64, device=device)

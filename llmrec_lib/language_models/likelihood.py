@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 OVER = ("vocabulary", "catalogue")
 HEAD_ROWS = 128  # positions per vocabulary projection: 128 x 49,152 logits stay near the cores' caches
 _ANCHOR = ":"
+Followers = dict[tuple[int, ...], list[int]]  # beginning of token sequences -> the tokens that some go on with
 
 
 @dataclass(frozen=True)
@@ -248,8 +249,8 @@ class TitleLikelihood:
         vocabulary = self.model.config.get_text_config().vocab_size
         ids = [(7 + 31 * i) % vocabulary for i in range(16)]
         prompt, titles = ids[:4], [ids[4:8], ids[4:6] + ids[8:11], ids[11:16]]
-        right = _padded_scores(self, prompt, titles, batch_size=1)
-        wrong = _padded_scores(self, prompt + titles[0], titles, batch_size=1)  # the size of an error that matters
+        right = _padded_scores(self, prompt, titles, 1, None)
+        wrong = _padded_scores(self, prompt + titles[0], titles, 1, None)  # the size of an error that matters
         try:
             with torch.inference_mode():
                 _, cache = self._read(torch.tensor(prompt, device=self.device), None, keep=1)
@@ -301,7 +302,7 @@ def naive_log_likelihood(
     return LikelihoodScores(scores, torch.tensor([len(title) for title in titles], dtype=torch.int64))
 
 
-def followers(sequences: Iterable[Sequence[int]]) -> dict[tuple[int, ...], list[int]]:
+def followers(sequences: Iterable[Sequence[int]]) -> Followers:
     """Every beginning of a token sequence -> the tokens with which some of the sequences go on, ascending."""
     found: dict[tuple[int, ...], set[int]] = defaultdict(set)
     for tokens in sequences:
@@ -312,11 +313,7 @@ def followers(sequences: Iterable[Sequence[int]]) -> dict[tuple[int, ...], list[
 
 @torch.inference_mode()
 def _padded_scores(
-    scorer: TitleLikelihood,
-    prompt: list[int],
-    titles: list[list[int]],
-    batch_size: int,
-    allowed: dict[tuple[int, ...], list[int]] | None = None,
+    scorer: TitleLikelihood, prompt: list[int], titles: list[list[int]], batch_size: int, allowed: Followers | None
 ) -> Tensor:
     model = scorer.model
     short_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
