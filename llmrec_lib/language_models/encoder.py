@@ -82,8 +82,7 @@ class TextEncoder:
         self.model = loaded.to(device=self.device, dtype=self.dtype).eval()
         pack_linears(self.model)
         self.pooling = _pooling_of(folder, self.model) if pooling == "auto" else pooling
-        limit = getattr(self.model.config, "max_position_embeddings", None) or max_tokens
-        self.max_tokens = min(max_tokens, limit)
+        self.max_tokens = min(max_tokens, getattr(self.model.config, "max_position_embeddings", None) or max_tokens)
 
     def encode(self, texts: Sequence[str], normalize: bool = True, progress: bool = True) -> Tensor:
         """Embed texts; equal texts are embedded once, and results are kept on disk.

@@ -154,8 +154,7 @@ class TitleLikelihood:
                 ids.pop()  # some tokenizers close a text by themselves; here it goes on
         else:
             ids = [int(token) for token in prompt]
-        if not ids:
-            return [first_token(self.tokenizer)]
+        ids = ids or [first_token(self.tokenizer)]
         room = self.context - int(self.n_tokens.max()) if self.context else len(ids)
         if len(ids) > room:
             has_bos = ids[0] == self.tokenizer.bos_token_id and room > 1
