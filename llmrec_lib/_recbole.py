@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 import pandas as pd
@@ -50,14 +51,6 @@ _NUMPY_ALIASES = {"float_": np.float64, "complex_": np.complex128, "unicode_": n
 _SET_BY_CONFIG = ("bool", "int", "float", "complex", "object", "str", "long", "unicode")
 
 
-class _NoTensorBoard:
-    """Stands where RecBole's trainers would open a log folder in the working directory."""
-
-    def add_scalar(self, *args: Any, **kwargs: Any) -> None: ...
-
-    def add_hparams(self, *args: Any, **kwargs: Any) -> None: ...
-
-
 @contextlib.contextmanager
 def contained(seed: int | None = None) -> Iterator[None]:
     """Run RecBole code: what it needs is put in place, and all process-wide state is as before afterwards.
@@ -67,44 +60,33 @@ def contained(seed: int | None = None) -> Iterator[None]:
     seed : int, optional
         Seeds python, numpy and torch inside; their states are restored at the end.
     """
-    missing = object()
-    argv, gpus = sys.argv, os.environ.get("CUDA_VISIBLE_DEVICES", missing)
-    anomaly = torch.is_anomaly_enabled()
-    cudnn = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic
+    anomaly, cudnn = torch.is_anomaly_enabled(), torch.backends.cudnn
+    flags = cudnn.benchmark, cudnn.deterministic
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    names = {*_NUMPY_ALIASES, *_SET_BY_CONFIG}
-    attributes = {name: vars(np).get(name, missing) for name in names}
-    dok_update = vars(sp.dok_matrix).get("_update", missing)
-    try:
-        with warnings.catch_warnings(), torch.random.fork_rng():
-            warnings.simplefilter("ignore")
-            sys.argv = [sys.argv[0] if sys.argv else ""]
-            for name, value in _NUMPY_ALIASES.items():
-                setattr(np, name, value)
-            if dok_update is missing:
-                sp.dok_matrix._update = lambda self, data: self._dict.update(data)
-            if seed is not None:
-                random.seed(seed)
-                np.random.seed(seed)
-                torch.manual_seed(seed)
+    with contextlib.ExitStack() as put_back:
+        enter = put_back.enter_context
+        enter(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        enter(torch.random.fork_rng())
+        enter(mock.patch.dict(os.environ))
+        enter(mock.patch.object(sys, "argv", sys.argv[:1] or [""]))
+        for name in {*_NUMPY_ALIASES, *_SET_BY_CONFIG}:
+            value = _NUMPY_ALIASES.get(name, vars(np).get(name))
+            enter(mock.patch.object(np, name, value, create=True))
+        if "_update" not in vars(sp.dok_matrix):
+            update = lambda self, data: self._dict.update(data)  # noqa: E731
+            enter(mock.patch.object(sp.dok_matrix, "_update", update, create=True))
+        put_back.callback(torch.autograd.set_detect_anomaly, anomaly)
+        put_back.callback(random.setstate, python_state)
+        put_back.callback(np.random.set_state, numpy_state)
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+        try:
             yield
-    finally:
-        sys.argv = argv
-        if gpus is missing:
-            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-        else:
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpus
-        torch.autograd.set_detect_anomaly(anomaly)
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = cudnn
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        for name, value in attributes.items():
-            if value is not missing:
-                setattr(np, name, value)
-            elif name in vars(np):
-                delattr(np, name)
-        if dok_update is missing and "_update" in vars(sp.dok_matrix):
-            del sp.dok_matrix._update
+        finally:
+            cudnn.benchmark, cudnn.deterministic = flags
 
 
 def model_names() -> list[str]:
@@ -366,12 +348,10 @@ def make_trainer(built: SimpleNamespace, model_name: str, validate: Callable[[],
                 self.data_struct.set(key, value)
             return struct
 
-    original = trainer_module.get_tensorboard
-    trainer_module.get_tensorboard = lambda logger: _NoTensorBoard()
-    try:
+    # Stands where RecBole's trainers would open a log folder in the working directory.
+    silent = SimpleNamespace(add_scalar=lambda *_, **__: None, add_hparams=lambda *_, **__: None)
+    with mock.patch.object(trainer_module, "get_tensorboard", lambda logger: silent):
         trainer = SplitTrainer(built.config, built.model)
-    finally:
-        trainer_module.get_tensorboard = original
     trainer.eval_collector = TensorsOnly(built.config)
     return trainer
 
@@ -390,9 +370,8 @@ def fit(
 
     with contained(seed):
         built = build(model_name, split, settings, seed)
-        linear = linear_weights(built.model)
-        if linear is not None:
-            return _sparse_state(linear)
+        if (linear := linear_weights(built.model)) is not None:
+            return linear
         name = built.config["model"]
         recommender = RecBoleRecommender(built.model, split, name)
         users = split.eval_users("valid", settings.get("valid_users", 0))
@@ -431,21 +410,18 @@ def restore(
         return model.eval()
 
 
-def linear_weights(model: torch.nn.Module) -> sp.csr_matrix | np.ndarray | None:
-    """S of the models that score ``h_u S`` (ItemKNN, EASE, SLIMElastic), else None."""
+def linear_weights(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+    """S of the models that score ``h_u S`` (ItemKNN, EASE, SLIMElastic), for `similarity_from`; else None."""
     weights = getattr(model, "w" if type(model).__name__ == "ItemKNN" else "item_similarity", None)
     if weights is None:
         return None
-    return sp.csr_matrix(weights) if sp.issparse(weights) else np.asarray(weights)
-
-
-def _sparse_state(weights: sp.csr_matrix | np.ndarray) -> dict[str, torch.Tensor]:
     if not sp.issparse(weights):
         return {"dense": torch.from_numpy(np.ascontiguousarray(weights, dtype=np.float32))}
+    weights = sp.csr_matrix(weights)
+    parts = {"values": weights.data, "columns": weights.indices, "row_starts": weights.indptr}
     return {
-        "values": torch.from_numpy(weights.data.astype(np.float32)),
-        "columns": torch.from_numpy(weights.indices.astype(np.int64)),
-        "row_starts": torch.from_numpy(weights.indptr.astype(np.int64)),
+        name: torch.from_numpy(part).to(torch.float32 if name == "values" else torch.int64)
+        for name, part in parts.items()
     }
 
 

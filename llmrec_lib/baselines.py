@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import scipy.sparse as sp
+import yaml
 
 from llmrec_lib import _recbole
 from llmrec_lib.cache import cached_tensors, content_key
@@ -19,72 +21,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Baseline:
-    """One row of the table of baselines."""
+    """One entry of ``baselines.yaml``."""
 
     kind: str
     """"collaborative", "content-based" or "hybrid"."""
     recbole_model: str | None
     """RecBole's model, None for TF-IDF."""
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any]
     """RecBole parameters that differ from its defaults."""
-    source: str = ""
+    source: str
 
 
-_SEQUENTIAL = {"all_positions": True, "MAX_ITEM_LIST_LENGTH": 50, "loss_type": "CE", "train_batch_size": 128}
-
-BASELINES: dict[str, Baseline] = {
-    "pop": Baseline("collaborative", "Pop", {"epochs": 1}, "popularity in training"),
-    "itemknn": Baseline("collaborative", "ItemKNN", {"k": 100, "shrink": 10.0}, "Deshpande & Karypis 2004"),
-    "ease": Baseline("collaborative", "EASE", {"reg_weight": 250.0}, "Steck 2019"),
-    "slim": Baseline("collaborative", "SLIMElastic", {"alpha": 0.2, "l1_ratio": 0.02}, "Ning & Karypis 2011"),
-    "bpr": Baseline(
-        "collaborative",
-        "BPR",
-        {"embedding_size": 64, "learning_rate": 0.002, "epochs": 100, "eval_step": 5, "stopping_step": 3},
-        "Rendle et al. 2009",
-    ),
-    "lightgcn": Baseline(
-        "collaborative",
-        "LightGCN",
-        {"n_layers": 2, "learning_rate": 0.005, "reg_weight": 1e-4, "epochs": 100, "eval_step": 5, "stopping_step": 3},
-        "He et al. 2020",
-    ),
-    "gru4rec": Baseline(
-        "collaborative",
-        "GRU4Rec",
-        {**_SEQUENTIAL, "learning_rate": 0.005, "epochs": 30, "eval_step": 3, "stopping_step": 3},
-        "Hidasi et al. 2016, full softmax at every position",
-    ),
-    "sasrec": Baseline(
-        "collaborative",
-        "SASRec",
-        {
-            **_SEQUENTIAL,
-            "learning_rate": 0.002,
-            "hidden_dropout_prob": 0.3,
-            "attn_dropout_prob": 0.3,
-            "epochs": 60,
-            "eval_step": 3,
-            "stopping_step": 4,
-        },
-        "Kang & McAuley 2018, full softmax at every position",
-    ),
-    "tfidf": Baseline("content-based", None, {"min_df": 1}, "Salton & Buckley 1988"),
-    "fm": Baseline(
-        "hybrid",
-        "FM",
-        {
-            "embedding_size": 32,
-            "learning_rate": 0.005,
-            "weight_decay": 1e-6,
-            "epochs": 20,
-            "eval_step": 5,
-            "stopping_step": 2,
-        }
-        | {"valid_users": 300},
-        "Rendle 2010, with item features",
-    ),
-}
+_FACTS = yaml.safe_load(Path(__file__).with_name("baselines.yaml").read_text(encoding="utf-8"))
+BASELINES = {name: Baseline(**facts) for name, facts in _FACTS.items()}
 
 
 def train(name: str, split: Split, seed: int = 0, *, progress: bool = True, **settings: Any) -> Recommender:

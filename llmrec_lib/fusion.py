@@ -331,11 +331,7 @@ class SequentialFusion(_Fusion):
             scores = mask_seen(rerankers[stage].score(users).float().clone(), self.split, users, self.phase)
             added = z_score(scores.gather(1, kept))
             total = total + self.weights[stage] * torch.where(torch.isfinite(added), added, 0.0)
-            n_next = (
-                min(self.n_candidates[stage + 1], kept.shape[1])
-                if stage + 1 < len(self.n_candidates)
-                else kept.shape[1]
-            )
+            n_next = (*self.n_candidates[stage + 1 :], kept.shape[1])[0]
             best = torch.sort(total, dim=1, descending=True, stable=True).indices[:, :n_next]
             kept, total = kept.gather(1, best), total.gather(1, best)
         # Candidates first, in their accumulated order; everything else behind them, in the retriever's order.

@@ -20,7 +20,7 @@ def per_user_mean(runs: Runs, metric: str) -> pd.Series:
     runs = [runs] if isinstance(runs, Evaluation) else list(runs)
     settings = {(run.dataset, run.protocol, run.phase) for run in runs}
     if len(settings) != 1:
-        raise ValueError(f"runs of different settings cannot be averaged: {sorted(settings)}")
+        raise ValueError(f"runs of different settings cannot be averaged or compared: {sorted(settings)}")
     if metric not in runs[0].per_user:
         raise KeyError(f"no metric {metric!r}; these runs have {', '.join(runs[0].per_user.columns)}")
     return pd.concat([run.per_user[metric] for run in runs], axis=1, join="inner").mean(axis=1)
@@ -74,12 +74,9 @@ def compare(a: Runs, b: Runs, metric: str = "ndcg@10") -> dict[str, float | str 
     ValueError
         No user was judged in both, or the runs come from different data, protocol or phase.
     """
-    first, second = (runs if isinstance(runs, Evaluation) else runs[0] for runs in (a, b))
-    if (first.dataset, first.protocol, first.phase) != (second.dataset, second.protocol, second.phase):
-        raise ValueError(
-            f"{first.method} was judged on {first.dataset}/{first.protocol}/{first.phase}, {second.method} on "
-            f"{second.dataset}/{second.protocol}/{second.phase}: a paired comparison needs the same"
-        )
+    first, second = ([runs] if isinstance(runs, Evaluation) else runs for runs in (a, b))
+    per_user_mean([*first, *second], metric)  # only if all are of one data set, protocol and phase
+    first, second = first[0], second[0]
     values = pd.concat([per_user_mean(a, metric), per_user_mean(b, metric)], axis=1, join="inner").to_numpy(np.float64)
     if not len(values):
         raise ValueError(f"{first.method} and {second.method} share no judged user")
