@@ -29,7 +29,7 @@ EXECUTED := $(STUDY)/executed
 RESULTS := $(STUDY)/results
 endif
 
-.PHONY: help setup study book test bench lint clean
+.PHONY: help setup study book test compare bench lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -57,6 +57,9 @@ book: $(STAMP) ## build the published book from book/executed into _build/html, 
 
 test: $(STAMP) ## run all tests
 	$(PY) -m pytest -q --durations=10 $(ARGS)
+
+compare: $(STAMP) ## compute every published comparison again from results/*/*/per_user.parquet alone
+	$(PY) book/comparisons.py $(ARGS)
 
 bench: $(STAMP) ## measure every performance claim beside its peer into benchmarks/results.json
 	$(PY) -m benchmarks $(ARGS)
