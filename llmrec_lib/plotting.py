@@ -107,16 +107,17 @@ def gain_map(gains: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if gains.empty:
         raise ValueError("there are no gains to draw")
     settings, strategies = gains["setting"].unique().tolist(), gains["strategy"].unique().tolist()
-    size = (2.4 + 0.8 * len(strategies), 1.6 + 0.55 * len(settings))
+    size = (2.4 + 0.84 * len(strategies), 1.6 + 0.55 * len(settings))
     ax = ax or plt.subplots(figsize=size)[1]
     table = gains.pivot(index="setting", columns="strategy", values="relative").loc[settings, strategies]
     reach = max(0.05, np.nanquantile(np.abs(table), 0.9))
     ax.imshow(table, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")
     for cell in gains.itertuples():
-        text = f"{100 * cell.relative:+.1f}{'*' * cell.significant}\n{100 * cell.low:+.1f} … {100 * cell.high:+.1f}"
-        place = strategies.index(cell.strategy), settings.index(cell.setting)
+        x, y = strategies.index(cell.strategy), settings.index(cell.setting)
         style = {"color": "white" if abs(cell.relative) > 0.7 * reach else "black", "ha": "center", "va": "center"}
-        ax.text(*place, text, fontsize=8.5, fontweight="bold" if cell.significant else "normal", **style)
+        gain, weight = f"{100 * cell.relative:+.1f}{'*' * cell.significant}", "bold" if cell.significant else "normal"
+        ax.text(x, y - 0.15, gain, fontsize=9.5, fontweight=weight, **style)
+        ax.text(x, y + 0.23, f"{100 * cell.low:+.1f} … {100 * cell.high:+.1f}", fontsize=7.5, **style)
     ax.set_xticks(range(len(strategies)), strategies, rotation=35, ha="right", rotation_mode="anchor", fontsize=10)
     ax.set_yticks(range(len(settings)), settings, fontsize=10)
     ax.grid(visible=False)

@@ -24,11 +24,14 @@ def test_gain_map_has_a_cell_for_each_gain():
         columns=["setting", "strategy", "relative", "low", "high", "significant"],
     )
     ax = gain_map(gains)
-    texts = {text.get_text(): text.get_position() for text in ax.texts}
+    texts = {text.get_text(): (text.get_position()[0], round(text.get_position()[1])) for text in ax.texts}
     assert texts == {
-        "+3.4*\n+1.0 … +5.0": (0, 0),
-        "-20.0*\n-30.0 … -10.0": (0, 1),
-        "+0.0\n-1.0 … +1.0": (1, 1),
+        "+3.4*": (0, 0),
+        "+1.0 … +5.0": (0, 0),
+        "-20.0*": (0, 1),
+        "-30.0 … -10.0": (0, 1),
+        "+0.0": (1, 1),
+        "-1.0 … +1.0": (1, 1),
     }
     assert [label.get_text() for label in ax.get_xticklabels()] == ["x", "y"]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
