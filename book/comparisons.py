@@ -33,7 +33,9 @@ def recomputed(table: pd.DataFrame, runs: dict[tuple[str, str], list[Evaluation]
     rows = []
     for row in table.to_dict("records"):
         own = row.get("protocol")
-        protocol = own or next(protocol for protocol, method in runs if method == row["a"])
+        protocol = own or next((protocol for protocol, method in runs if method == row["a"]), None)
+        if missing := [row[side] for side in ("a", "b") if (protocol, row[side]) not in runs]:
+            raise SystemExit(f"per_user.parquet has no values of {missing[0]!r} under {protocol or 'any protocol'}")
         rows.append(compare(runs[protocol, row["a"]], runs[protocol, row["b"]], row["metric"]))
     again = pd.DataFrame(rows, index=table.index)
     split_by = next((column for column in ("scope", "family") if column in table), None)
