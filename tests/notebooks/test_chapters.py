@@ -74,8 +74,6 @@ def test_own_data_by_plain_papermill(tmp_path):
         "llm_users": 2,
         "max_epochs": 1,
         "trials": 1,
-        "protocols": ["random_ratio"],
-        "language_arms": ["LM"],
         "results_dir": str(tmp_path / "results"),
     }
     flags = [part for name, value in given.items() for part in ("-p", name, str(value))]
@@ -86,6 +84,8 @@ def test_own_data_by_plain_papermill(tmp_path):
         str(NOTEBOOKS / "06_fusion.ipynb"),
         str(tmp_path / "out.ipynb"),
         *flags,
+        "-y",
+        "{protocols: [random_ratio], language_arms: [LM]}",  # lists: -p of papermill passes them as text
     ]
     done = subprocess.run(
         [*command, "-k", "python3", "--no-progress-bar"], capture_output=True, text=True, cwd=tmp_path
