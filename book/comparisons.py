@@ -46,7 +46,7 @@ def recomputed(table: pd.DataFrame, runs: dict[tuple[str, str], list[Evaluation]
 
 
 def main(results: str = "results") -> int:
-    n_rows, wrong = 0, []
+    n_rows = n_wrong = 0
     for folder in sorted(path.parent for path in Path(results).glob("*/*/per_user.parquet")):
         runs = None
         for path in sorted(folder.glob("*.csv")):
@@ -60,13 +60,11 @@ def main(results: str = "results") -> int:
             off = {name: (again[name] - table[name]).abs().max() for name in TOLERANCE if name in table}
             bad = {name: value for name, value in off.items() if not value <= TOLERANCE[name]}
             n_rows += len(table)
-            wrong += [f"{path}: {bad}"] if bad else []
-            print(
-                f"{path}: {len(table)} comparisons, {'NOT reproduced ' + str(bad) if bad else 'reproduced'}", flush=True
-            )
+            n_wrong += bool(bad)
+            print(f"{path}: {len(table)} comparisons, {f'NOT reproduced {bad}' if bad else 'reproduced'}", flush=True)
     if not n_rows:
         print(f"{results} holds no table of comparisons", file=sys.stderr)
-    return int(bool(wrong) or not n_rows)
+    return int(n_wrong > 0 or not n_rows)
 
 
 if __name__ == "__main__":

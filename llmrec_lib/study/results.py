@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -151,17 +152,18 @@ class Study:
         """
         if not self.units:
             raise ValueError(f"{self.chapter} has no test unit: nothing to write; call study.unit(...) before finish()")
-        ordered = [self.units[label] for label in sorted(self.units)]
-        rows = pd.concat([unit.tidy() for unit in ordered])
+        rows = pd.concat([self.units[label].tidy() for label in sorted(self.units)])
         metrics = rows.sort_values(METRICS_ORDER, kind="stable", ignore_index=True)
         self._write_csv(metrics, "metrics.csv")
         with atomic_write(self.folder / "per_user.parquet") as temporary:
             writer = None
             small = {"compression": "zstd", "compression_level": 19, "use_dictionary": ["method", "metric"]}
             small["column_encoding"] = dict.fromkeys(("seed", "user", "k"), "DELTA_BINARY_PACKED")
-            for unit in ordered:  # one unit at a time: all users × metrics × methods × seeds need not fit in memory
-                rows = unit.per_user_tidy().sort_values(["metric", "k", "user"], kind="stable")
-                rows = pyarrow.Table.from_pandas(rows.assign(protocol=unit.protocol), preserve_index=False)
+            # One method at a time: all users × metrics × methods need not fit in memory, and seeds side by side pack well.
+            for (protocol, _), labels in itertools.groupby(sorted(self.units), key=lambda label: label[:2]):
+                rows = pd.concat([self.units[label].per_user_tidy() for label in labels]).assign(protocol=protocol)
+                rows = rows.sort_values(["metric", "k", "user", "seed"], kind="stable")
+                rows = pyarrow.Table.from_pandas(rows, preserve_index=False)
                 writer = writer or pyarrow.parquet.ParquetWriter(temporary, rows.schema, **small)
                 writer.write_table(rows.cast(writer.schema))
             writer.close()
