@@ -61,7 +61,6 @@ def contained(seed: int | None = None) -> Iterator[None]:
         Seeds python, numpy and torch inside; their states are restored at the end.
     """
     anomaly, cudnn = torch.is_anomaly_enabled(), torch.backends.cudnn
-    flags = cudnn.benchmark, cudnn.deterministic
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with contextlib.ExitStack() as put_back:
         enter = put_back.enter_context
@@ -76,6 +75,8 @@ def contained(seed: int | None = None) -> Iterator[None]:
         if "_update" not in vars(sp.dok_matrix):
             update = lambda self, data: self._dict.update(data)  # noqa: E731
             enter(mock.patch.object(sp.dok_matrix, "_update", update, create=True))
+        for flag in ("benchmark", "deterministic"):
+            put_back.callback(setattr, cudnn, flag, getattr(cudnn, flag))
         put_back.callback(torch.autograd.set_detect_anomaly, anomaly)
         put_back.callback(random.setstate, python_state)
         put_back.callback(np.random.set_state, numpy_state)
@@ -83,10 +84,7 @@ def contained(seed: int | None = None) -> Iterator[None]:
             random.seed(seed)
             np.random.seed(seed)
             torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            cudnn.benchmark, cudnn.deterministic = flags
+        yield
 
 
 def model_names() -> list[str]:

@@ -97,11 +97,16 @@ def tfidf_similarity(split: Split, min_df: int = 1, neighbours: int = 100) -> sp
 
     A history scored with it is a TF-IDF user profile: the sum of its items' vectors, compared with each item.
     """
+    vectors = tfidf_vectors(split, min_df)
+    return keep_neighbours((vectors @ vectors.T).tocsr(), neighbours)
+
+
+def tfidf_vectors(split: Split, min_df: int = 1) -> sp.csr_matrix:
+    """TF-IDF of the item texts, with the logarithm of counts, rows of length 1, [n_items, n_words]."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    texts = split.dataset.item_text
-    vectors = TfidfVectorizer(sublinear_tf=True, min_df=min_df, token_pattern=r"(?u)\b\w+\b").fit_transform(texts)
-    return keep_neighbours((vectors @ vectors.T).tocsr(), neighbours)
+    counter = TfidfVectorizer(sublinear_tf=True, min_df=min_df, token_pattern=r"(?u)\b\w+\b")
+    return counter.fit_transform(split.dataset.item_text)
 
 
 def keep_neighbours(similarity: sp.csr_matrix | np.ndarray, neighbours: int) -> sp.csr_matrix:

@@ -98,9 +98,10 @@ class _Fusion(Recommender):
         view.arms = [arm.at(phase) for arm in self.arms]
         return view
 
-    def masked_arm_scores(self, users: LongTensor) -> list[FloatTensor]:
-        """Each arm's scores [B, n_items] with seen items at ``-inf``: calibration looks at what can be recommended."""
-        return [mask_seen(arm.score(users).float().clone(), self.split, users, self.phase) for arm in self.arms]
+    def comparable(self, users: LongTensor, rule: str) -> list[FloatTensor]:
+        """Each arm's scores [B, n_items], seen items at ``-inf`` and the others normalised: what can be recommended counts."""
+        masked = [mask_seen(arm.score(users).float().clone(), self.split, users, self.phase) for arm in self.arms]
+        return [NORMALISERS[rule](scores) for scores in masked]
 
     def describe(self) -> dict:
         return {**super().describe(), "arms": [arm.describe() for arm in self.arms]}
@@ -134,9 +135,8 @@ class HybridFusion(_Fusion):
     def score(self, users: LongTensor) -> FloatTensor:
         per_user = self.weights(users) if callable(self.weights) else torch.tensor(self.weights).expand(len(users), -1)
         fused = torch.zeros(len(users), self.n_items)
-        for position, scores in enumerate(self.masked_arm_scores(users)):
-            normalised = NORMALISERS[self.rule](scores)
-            fused += torch.where(torch.isfinite(normalised), per_user[:, position, None] * normalised, -torch.inf)
+        for position, scores in enumerate(self.comparable(users, self.rule)):
+            fused += torch.where(torch.isfinite(scores), per_user[:, position, None] * scores, -torch.inf)
         return _unmasked(fused)
 
     def describe(self) -> dict:
@@ -201,16 +201,12 @@ class LearnedFusion(_Fusion):
             return ones, torch.zeros(len(users), 0)
         return torch.cat([ones, item_gates(self.split, self.phase)], 1), user_gates(self.split, self.phase)[users]
 
-    def _normalised(self, users: LongTensor) -> FloatTensor:
-        """Scores of the arms, and 1, whose weights are the items' own: [B, n_items, n_arms + 1]; masked ones ``-inf``."""
-        scores = [NORMALISERS[self.rule](scores) for scores in self.masked_arm_scores(users)]
-        return torch.stack([*scores, torch.ones_like(scores[0])], dim=2)
-
     def _learn(self, users: np.ndarray) -> FloatTensor:
         view, generator = self.at("valid"), torch.Generator().manual_seed(0)
         designs, shares, targets = [], [], []
         for batch in torch.from_numpy(users).split(max(1, 2**22 // self.n_items)):
-            scores = view._normalised(batch)
+            scores = view.comparable(batch, self.rule)
+            scores = torch.stack([*scores, torch.ones_like(scores[0])], dim=2)  # the last for the items' own weights
             items, people = view._gates(batch)
             taken = torch.from_numpy(self.split.targets("valid")[batch.numpy()].toarray()) > 0
             unseen = torch.isfinite(scores[:, :, 0])
@@ -246,9 +242,9 @@ class LearnedFusion(_Fusion):
         items, people = self._gates(users)
         of_items, of_users = self.weights.split([items.shape[1], people.shape[1]])
         fused = (items @ of_items)[:, -1].repeat(len(users), 1)
-        for place, scores in enumerate(self.masked_arm_scores(users)):
+        for place, scores in enumerate(self.comparable(users, self.rule)):
             weight = items @ of_items[:, place] + (people @ of_users[:, place])[:, None]
-            fused += torch.where(torch.isfinite(scores), weight * NORMALISERS[self.rule](scores), -torch.inf)
+            fused += torch.where(torch.isfinite(scores), weight * scores, -torch.inf)
         return _unmasked(fused)
 
     def describe(self) -> dict:
@@ -446,6 +442,7 @@ def search(
     study = optuna.create_study(direction="maximize", sampler=sampler)
     study.enqueue_trial(dict.fromkeys(space, 0))
     budget = min(trials, np.prod([len(values) for values in space.values()], dtype=int))
+    # Asked more often than the budget says, since a combination that comes up again is not counted.
     study.optimize(judge, n_trials=10 * budget, callbacks=[lambda study, _: len(rows) >= budget and study.stop()])
     table = pd.DataFrame([(*chosen, value) for chosen, value in rows.items()], columns=[*space, metric])
     return dict(zip(space, max(rows, key=rows.get), strict=True)), table

@@ -37,11 +37,11 @@ def word_items(split: Split, n_components: int = 384) -> Tensor:
     part show, as `embed_items` does, so that it can go wherever embeddings go.
     """
     from sklearn.decomposition import TruncatedSVD
-    from sklearn.feature_extraction.text import TfidfVectorizer
 
+    from llmrec_lib.baselines import tfidf_vectors
     from llmrec_lib.language_models.encoder import Whitening
 
-    counted = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b").fit_transform(split.dataset.item_text)
+    counted = tfidf_vectors(split)
     size = min(n_components, min(counted.shape) - 1)
     rows = torch.from_numpy(TruncatedSVD(size, random_state=0).fit_transform(counted)).float()
     return Whitening().fit(rows[torch.from_numpy(split.item_counts > 0)]).transform(rows)
@@ -55,4 +55,4 @@ def untrained_encoder(name: str, seed: int = 0) -> TextEncoder:
     model, tokenizer = catalog.load_encoder(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return TextEncoder((type(model)(model.config), tokenizer))
+        return TextEncoder((type(model)(model.config), tokenizer), TextEncoder(name).pooling)

@@ -190,7 +190,7 @@ def evaluate(
             raise ValueError(f"{method}: scores of user {batch[broken][0]} contain NaN; look at its history and inputs")
         masked = mask_seen(scores.clone(), split, batch, phase)
         if candidates is not None:
-            masked[:, np.isin(np.arange(split.dataset.n_items), candidates, invert=True)] = -torch.inf
+            masked[:, np.isin(np.arange(n_items), candidates, invert=True)] = -torch.inf
         lists[rows] = top_k(masked, k, order)
         hits = targets[users[rows, None], lists[rows]].toarray() > 0
         values = per_user_metrics(hits, n_targets[rows], split.item_counts[lists[rows]], ks)
