@@ -24,8 +24,11 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 from torch import FloatTensor, LongTensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from llmrec_lib.augment import Augmentation, with_copies
 from llmrec_lib.evaluation.evaluate import evaluate
 
 if TYPE_CHECKING:
@@ -45,7 +48,8 @@ FAULTS = {
     "popularity by batch": "Pop adds 1 for an item however often a batch holds it, and counts sampled negatives too",
 }
 
-UID, IID, SEQ, SEQ_LEN = "user_id", "item_id", "item_id_list", "item_length"
+UID, IID, SEQ, SEQ_LEN, TARGETS = "user_id", "item_id", "item_id_list", "item_length", "item_target_list"
+VIEW_TEMPERATURE = 0.2
 _CAUSAL = ("SASRec", "GRU4Rec")
 _NUMPY_ALIASES = {"float_": np.float64, "complex_": np.complex128, "unicode_": np.str_, "float": np.float64}
 _SET_BY_CONFIG = ("bool", "int", "float", "complex", "object", "str", "long", "unicode")
@@ -135,23 +139,35 @@ def _at_every_position(base: type) -> type:
         """
 
         _gather = True
+        augmentation: Augmentation | None = None
 
         def gather_indexes(self, output: torch.Tensor, gather_index: torch.Tensor) -> torch.Tensor:
             return super().gather_indexes(output, gather_index) if self._gather else output
 
         def calculate_loss(self, interaction: Any) -> torch.Tensor:
-            sequence, length = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
+            sequence, length, targets = (interaction[field] for field in (SEQ, SEQ_LEN, TARGETS))
             self._gather = False
             try:
                 outputs = self.forward(sequence, length)  # [B, L, d]
             finally:
                 self._gather = True
-            targets = torch.zeros_like(sequence)
-            targets[:, :-1] = sequence[:, 1:]
-            targets.scatter_(1, (length - 1).unsqueeze(1), interaction[self.POS_ITEM_ID].unsqueeze(1))
             real = targets > 0
             logits = outputs[real] @ self.item_embedding.weight.T
-            return torch.nn.functional.cross_entropy(logits, targets[real])
+            loss = cross_entropy(logits, targets[real])
+            weight = self.augmentation.views if self.augmentation else 0.0
+            return loss + weight * self._contrast(sequence, length) if weight else loss
+
+        def _contrast(self, sequence: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+            """InfoNCE: of all second views in the batch, a history's own is most like its first (cosine)."""
+            windows = [row[:n] for row, n in zip(sequence.cpu().numpy(), length.tolist(), strict=True)]
+            views = []
+            for _ in range(2):
+                changed = [self.augmentation(row, self.augmentation_rng, self.trained_items)[0] for row in windows]
+                newest = [torch.from_numpy(row[-sequence.shape[1] :]).to(sequence.device) for row in changed]
+                lengths = torch.tensor([len(row) for row in newest], device=sequence.device)
+                states = self.forward(pad_sequence(newest, batch_first=True), lengths)
+                views.append(torch.nn.functional.normalize(states, dim=1))
+            return cross_entropy(views[0] @ views[1].T / VIEW_TEMPERATURE, torch.arange(len(windows)).to(states.device))
 
     return AllPositions
 
@@ -163,8 +179,11 @@ def _dataset_class() -> type:
     from recbole.utils import FeatureSource, FeatureType
 
     class SplitDataset(RecBoleDataset):
-        def __init__(self, config: Any, split: Split, max_length: int, item_columns: list[str]) -> None:
+        def __init__(
+            self, config: Any, split: Split, max_length: int, item_columns: list[str], augmentation: Augmentation | None
+        ) -> None:
             self._split, self._max_length, self._item_columns = split, max_length, item_columns
+            self._augmentation = augmentation
             super().__init__(config)
 
         def _get_preset(self) -> None:
@@ -191,8 +210,9 @@ def _dataset_class() -> type:
                     self._split.guard(users, items, "train", "training rows")
                 return pd.DataFrame({UID: users, IID: items})
             self._declare(SEQ, FeatureType.TOKEN_SEQ, FeatureSource.INTERACTION, self._max_length)
+            self._declare(TARGETS, FeatureType.TOKEN_SEQ, FeatureSource.INTERACTION, self._max_length)
             self._declare(SEQ_LEN, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
-            rows = windows(self._split, self._max_length)
+            rows = windows(self._split, self._max_length, self._augmentation, self.config["seed"])
             return rows if part == "train" else rows[:0]
 
         def _item_features(self) -> pd.DataFrame:
@@ -216,31 +236,39 @@ def _dataset_class() -> type:
             for column in self._item_columns:
                 self._remap(self._get_remap_list(np.array([column])))
             if self._max_length:
-                self.field2id_token[SEQ] = self.field2id_token[IID]
+                self.field2id_token[SEQ] = self.field2id_token[TARGETS] = self.field2id_token[IID]
                 self.field2id_token[SEQ_LEN] = np.arange(self._max_length + 1)
 
     return SplitDataset
 
 
-def windows(split: Split, max_length: int) -> pd.DataFrame:
+def windows(
+    split: Split, max_length: int, augmentation: Augmentation | None = None, seed: int = 0
+) -> pd.DataFrame:
     """Training histories cut into windows that share one item: every training event but a user's first is a target once.
+
+    Augmented copies follow, if asked for, drawn by `seed`; nothing in them that is not the user's own is a target.
 
     Returns
     -------
     DataFrame
-        ``user_id``, ``item_id_list`` (up to `max_length` items, oldest first), ``item_length`` and ``item_id`` (what follows).
+        ``user_id``, ``item_id_list`` (up to `max_length` items, oldest first), ``item_length``, ``item_id`` (what follows)
+        and ``item_target_list`` (what follows at each position, 0 where that is no target).
     """
-    users, items = split.pairs("train")
-    split.guard(users, items, "train", "training windows")
-    starts = np.flatnonzero(np.r_[True, users[1:] != users[:-1]]) if len(users) else np.array([], dtype=int)
+    split.guard(*split.pairs("train"), "train", "training windows")
+    users = np.flatnonzero(split.user_counts)
+    histories, _ = with_copies(split.histories(users, "train"), augmentation, np.random.default_rng(seed))
     rows = []
-    for start, end in zip(starts, np.r_[starts[1:], len(users)], strict=True):
-        position = end - 1  # windows are cut from the newest event backwards, so that only the oldest one is short
-        while position > start:
-            first = max(start, position - max_length)
-            rows.append((users[start], items[first:position], position - first, items[position]))
+    for user, (events, real) in zip(np.resize(users, len(histories)), histories, strict=True):
+        targets = np.where(real, events, 0)
+        position = len(events) - 1  # windows are cut from the newest event backwards: only the oldest one is short
+        while position > 0:
+            first = max(0, position - max_length)
+            window, following = events[first:position], targets[first + 1 : position + 1]
+            if following.any():
+                rows.append((user, window, position - first, events[position], following))
             position = first
-    return pd.DataFrame(rows, columns=[UID, SEQ, SEQ_LEN, IID])
+    return pd.DataFrame(rows, columns=[UID, SEQ, SEQ_LEN, IID, TARGETS])
 
 
 def build(model_name: str | type, split: Split, settings: dict, seed: int) -> SimpleNamespace:
@@ -250,7 +278,8 @@ def build(model_name: str | type, split: Split, settings: dict, seed: int) -> Si
     ----------
     model_name : a RecBole model such as "LightGCN"; or a class of our own, whose settings must then all be given.
     settings : dict
-        RecBole parameters; and ``all_positions`` (bool, sequential models) and ``item_columns`` (list, context-aware models).
+        RecBole parameters; and ``all_positions`` (bool) and ``augmentation`` (`Augmentation`) of sequential models,
+        ``item_columns`` (list) of context-aware ones.
 
     Returns
     -------
@@ -264,6 +293,9 @@ def build(model_name: str | type, split: Split, settings: dict, seed: int) -> Si
 
     settings = dict(settings)
     all_positions, item_columns = settings.pop("all_positions", False), settings.pop("item_columns", [])
+    augmentation = settings.pop("augmentation", None)
+    if augmentation and not all_positions:
+        raise ValueError(f"augmentation is for models trained with all_positions: {', '.join(_CAUSAL)}, the backbone")
     if isinstance(model_name, str):
         cls = _model_class(model_name, all_positions)
     else:
@@ -294,13 +326,16 @@ def build(model_name: str | type, split: Split, settings: dict, seed: int) -> Si
     config = Config(model=model_name, dataset="llmrec", config_dict={**fixed, **settings})
     init_seed(seed, True)
     max_length = config["MAX_ITEM_LIST_LENGTH"] if sequential else 0
-    dataset = _dataset_class()(config, split, max_length, item_columns)
+    dataset = _dataset_class()(config, split, max_length, item_columns, augmentation)
     if (dataset.user_num, dataset.item_num) != (split.dataset.n_users, split.dataset.n_items):
         raise RuntimeError("RecBole and the split disagree on users or items")
     datasets = dataset.build()
     samplers = create_samplers(config, dataset, datasets)
     loader = TrainDataLoader(config, datasets[0], samplers[0], shuffle=config["shuffle"])
     model = cls(config, loader._dataset).to(config["device"])
+    if augmentation:
+        model.augmentation, model.augmentation_rng = augmentation, np.random.default_rng(seed)
+        model.trained_items = np.flatnonzero(split.item_counts)
     if item_columns:
         # [n_items, …] each, for scoring pairs
         model.item_features = dict(loader._dataset.get_item_feature().interaction)
@@ -400,7 +435,7 @@ def restore(
     """The trained RecBole model (general, sequential, context-aware) from what `fit` returned."""
     state = {name: tensor for name, tensor in state.items() if name not in ("valid_curve", "epochs")}
     with contained(seed):
-        model = build(model_name, split, settings, seed).model
+        model = build(model_name, split, {**settings, "augmentation": None}, seed).model
         if "item_cnt" in state:
             model.item_cnt, model.max_cnt = state["item_cnt"], state["item_cnt"].max(dim=0)[0]
         else:

@@ -55,7 +55,7 @@ def content_key(*parts: Any) -> str:
     ----------
     *parts
         Plain values, lists, dicts (order does not matter), numpy arrays and torch tensors (values, dtype and shape),
-        paths (the file's bytes), functions, classes and modules (their source text).
+        paths (the file's bytes), functions, classes and modules (their source text), and what has a ``fingerprint``.
 
     Raises
     ------
@@ -84,6 +84,8 @@ def _update(digest: Any, *parts: Any) -> None:
             digest.update(f"file:{file_sha256(part)}".encode())
         elif isinstance(part, types.ModuleType | types.FunctionType | type):
             digest.update(f"source:{inspect.getsource(part)}".encode())
+        elif isinstance(fingerprint := getattr(part, "fingerprint", None), str):
+            _update(digest, kind, fingerprint)
         elif hasattr(part, "detach"):  # a torch tensor: torch is imported already
             import torch
 

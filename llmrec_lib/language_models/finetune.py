@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from tqdm import tqdm
 
+from llmrec_lib.augment import Augmentation, with_copies
 from llmrec_lib.cache import atomic_write, cache_dir, cached_tensors, content_key
 from llmrec_lib.language_models import catalog, low_rank
 from llmrec_lib.language_models.compress import transformer_layers
@@ -114,6 +115,7 @@ def finetune(
     window_tokens: int = 256,
     batch_tokens: int = 2048,
     train_users: int = 0,
+    augmentation: Augmentation | None = None,
     seed: int = 0,
     dtype: str = "auto",
     device: str = "auto",
@@ -157,6 +159,8 @@ def finetune(
         Longest window, and padded tokens per step, which must hold one window.
     train_users : int
         Train on the histories of a sample of so many users; 0 for all.
+    augmentation : Augmentation, optional
+        Read augmented copies of the histories as well, drawn anew in each epoch; what was put in is never predicted.
     dtype, device : str
         See `choose_dtype` and `choose_device`. bfloat16 is autocast: weights and moments stay float32.
     valid_users : int
@@ -202,7 +206,8 @@ def finetune(
     settings |= {"llm": llm if isinstance(llm, str) else type(model).__name__, "template": template.name}
     settings["base"] = catalog.weights_hash(model)
     scorer = _Scorer(model, tokenizer, item_titles(titles, template)[1:], template.suffix, on_device)
-    texts = _Texts(split, scorer, template, settings)
+    settings["augmentation"] = augmentation and augmentation.fingerprint
+    texts = _Texts(split, scorer, template, settings, augmentation)
     made_of = (split.fingerprint, scorer.title_tokens, texts.preamble, texts.descriptions)
     key = content_key(settings, *made_of, torch.__version__, sys.modules[__name__], low_rank)
     checkpoint = cache_dir() / "finetuned" / key / "checkpoint.safetensors"
@@ -275,11 +280,13 @@ class _Scorer(TitleLikelihood):
 class _Texts:
     """Windows and batches; those of an epoch depend on the seed and the number of the epoch alone."""
 
-    def __init__(self, split: Split, scorer: _Scorer, template: Template, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, split: Split, scorer: _Scorer, template: Template, settings: dict, augmentation: Augmentation | None
+    ) -> None:
         objective, train_users, window_tokens = (settings[n] for n in ("objective", "train_users", "window_tokens"))
-        users, items = split.pairs("train")
-        split.guard(users, items, "train", "fine-tuning texts")
-        self.histories = np.split(items, np.flatnonzero(np.diff(users)) + 1)  # oldest first
+        split.guard(*split.pairs("train"), "train", "fine-tuning texts")
+        self.histories = split.histories(np.flatnonzero(split.user_counts), "train")  # oldest first
+        self.augmentation = augmentation
         if 0 < train_users < len(self.histories):
             sample = np.random.default_rng(0).permutation(len(self.histories))[:train_users]
             self.histories = [self.histories[place] for place in np.sort(sample)]
@@ -294,32 +301,32 @@ class _Texts:
         self.room = window_tokens - len(self.preamble)
         self.descriptions: list[list[int]] = []
         if settings["descriptions"]:
-            texts = [split.dataset.item_text[item] for item in np.unique(items)]
+            texts = [split.dataset.item_text[item] for item in np.flatnonzero(split.item_counts)]
             first = first_token(scorer.tokenizer)
             rows = scorer.tokenizer(texts, add_special_tokens=False)["input_ids"]
             self.descriptions = [[first, *row[: window_tokens - 1]] for row in rows if row]
 
-    def window(self, items: Sequence[int], n_read: int = 0) -> Window:
-        """The titles of these items; the first `n_read` are read and not predicted."""
+    def window(self, items: Sequence[int], predicted: Sequence[bool]) -> Window:
+        """The titles of these items; those that are not `predicted` are read."""
         ids, nodes = list(self.preamble), [_NONE] * (len(self.preamble) - 1)
-        for place, item in enumerate(items):
+        for item, asked in zip(items, predicted, strict=True):
             ids += self.tokens[item]
-            nodes += self.nodes[item] if place >= n_read else [_NONE] * len(self.tokens[item])
-        return ids, [*nodes, _NONE], len(items) - n_read  # nothing follows the last token
+            nodes += self.nodes[item] if asked else [_NONE] * len(self.tokens[item])
+        return ids, [*nodes, _NONE], int(sum(predicted))  # nothing follows the last token
 
     def windows(self, rng: np.random.Generator) -> list[Window]:
         """All windows of an epoch. Only histories that do not fit are cut, the first time anywhere, then where full."""
         windows: list[Window] = []
-        for history in self.histories:
+        for history, real in with_copies(self.histories, self.augmentation, rng)[0]:
             sizes = [len(self.tokens[item]) for item in history]
             room = int(rng.integers(1, self.room + 1)) if sum(sizes) > self.room else self.room
             start = used = 0
             for place, size in enumerate(sizes):
                 if place > start and used + size > room:
-                    windows.append(self.window(history[start:place]))
+                    windows.append(self.window(history[start:place], real[start:place]))
                     start, used, room = place, 0, self.room
                 used += size
-            windows.append(self.window(history[start:]))
+            windows.append(self.window(history[start:], real[start:]))
         return windows + [(ids, [_TEXT] * (len(ids) - 1) + [_NONE], 0) for ids in self.descriptions]
 
     def batches(self, seed: int, epoch: int, batch_tokens: int) -> list[list[Window]]:
@@ -344,7 +351,7 @@ class _Texts:
                 newest = list(history[max(0, len(history) - self.template.max_items) :])
                 while sum(len(self.tokens[each]) for each in (*newest, item)) > self.room:
                     newest.pop(0)
-                windows.append(self.window([*newest, item], n_read=len(newest)))
+                windows.append(self.window([*newest, item], [False] * len(newest) + [True]))
         return windows
 
 

@@ -58,11 +58,16 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-def prepare(split, model, tokenizer, titles=None, **other):
+def prepare(split, model, tokenizer, titles=None, augmentation=None, **other):
     titles = titles or item_titles(split.dataset.titles)[1:]
     scorer = module._Scorer(model, tokenizer, titles, ";", torch.device("cpu"))
     settings = {"objective": "catalogue", "window_tokens": 96, "descriptions": False, "train_users": 0} | other
-    return scorer, module._Texts(split, scorer, get_template("history"), settings)
+    return scorer, module._Texts(split, scorer, get_template("history"), settings, augmentation)
+
+
+def told(texts, items):
+    """The window of these items, all of them predicted."""
+    return texts.window(items, [True] * len(items))
 
 
 def events_of(windows, split, preamble, title_tokens):
@@ -113,7 +118,7 @@ def test_tokens_are_those_of_prompts_and_titles(checkerboard_split, tokenizer):
     scorer, texts = prepare(split, model, tokenizer)
     assert scorer.title_tokens == likelihood.title_tokens
     for user, prompt in enumerate(user_prompts(split, range(1, 5), "train"), 1):
-        ids, _, _ = texts.window(split.histories([user], "train")[0])
+        ids, _, _ = told(texts, split.histories([user], "train")[0])
         assert ids == likelihood.prompt_tokens(prompt)
 
 
@@ -183,7 +188,7 @@ def test_catalogue_objective_is_a_distribution_over_distinct_titles(checkerboard
     split, model = checkerboard_split, tiny_llama()
     scorer, texts = prepare(split, model, tokenizer)
     head = module._Head(scorer, torch.float32)
-    windows = [texts.window([3, 4, item], n_read=2) for item in range(1, split.dataset.n_items)]
+    windows = [texts.window([3, 4, item], [False, False, True]) for item in range(1, split.dataset.n_items)]
     p = [math.exp(-module._loss(model, head, [window], torch.float32, train=False)[0]) for window in windows]
     assert sum(p) == pytest.approx(1, abs=1e-5)
     assert min(p) > 0
@@ -377,7 +382,7 @@ def test_shuffled_titles_are_what_is_read(checkerboard_split, tokenizer):
     shuffled = [titles[0], *titles[:0:-1]]
     _, texts = prepare(checkerboard_split, tiny_llama(), tokenizer, titles=item_titles(shuffled)[1:])
     _, plain = prepare(checkerboard_split, tiny_llama(), tokenizer)
-    assert texts.window([1]) == plain.window([16])
+    assert told(texts, [1]) == told(plain, [16])
     tuned = finetune(checkerboard_split, (tiny_llama(), tokenizer), titles=shuffled, **SMALL)
     assert not torch.equal(weights(tuned), weights(finetune(checkerboard_split, (tiny_llama(), tokenizer), **SMALL)))
 
