@@ -1,6 +1,6 @@
 """RecBole 1.2.1 on current numpy, scipy and torch: the only file that knows its faults, and that changes anything for its sake.
 
-What is mended, and how to see that it still needs mending, is listed in ``FAULTS``; tests hold each entry.
+What is mended, and how to see that it still needs mending, is listed in ``_recbole.yaml``; tests hold each entry.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 import torch
+import yaml
 from torch import FloatTensor, LongTensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -35,18 +36,8 @@ if TYPE_CHECKING:
     from llmrec_lib.recommender import Recommender
     from llmrec_lib.splits import Split
 
-FAULTS = {
-    "numpy aliases": "Config and metrics read np.float_, np.complex_, np.unicode_, np.float, gone since numpy 2",
-    "dok_matrix._update": "graph models call a private scipy method that is gone since 1.13",
-    "torch.load": "checkpoints are pickles; here the best state stays in memory as tensors, and a pickle is never read",
-    "collector .cpu()": "coverage, Gini and popularity metrics call .cpu() on an int and crash",
-    "anomaly mode": "looking up a sequential model switches autograd's anomaly mode on for the whole process",
-    "process state": "Config reads sys.argv and sets CUDA_VISIBLE_DEVICES; trainers make log_tensorboard/ and saved/",
-    "unmasked sequences": "sequential models are validated and judged with seen items in the ranking",
-    "float32 time": "timestamps lose their last seconds; here the split orders events and RecBole never sees time",
-    "prefix rows": "each prefix of a history is a training row; here windows with a loss at every position",
-    "popularity by batch": "Pop adds 1 for an item however often a batch holds it, and counts sampled negatives too",
-}
+_FACTS = yaml.safe_load(Path(__file__).with_name("_recbole.yaml").read_text(encoding="utf-8"))
+FAULTS, SETTINGS = _FACTS["faults"], _FACTS["settings"]
 
 UID, IID, SEQ, SEQ_LEN, TARGETS = "user_id", "item_id", "item_id_list", "item_length", "item_target_list"
 VIEW_TEMPERATURE = 0.2
@@ -109,26 +100,11 @@ def _model_class(name: str, all_positions: bool) -> type[torch.nn.Module]:
         raise ValueError(f"RecBole has no model {name!r}; it has {', '.join(model_names())}")
     base = get_model(name)
     torch.autograd.set_detect_anomaly(False)
-    if name == "Pop":
-        return _counting_events(base)
     if all_positions and name not in _CAUSAL:
         raise ValueError(
             f"all_positions needs a model that sees only earlier items; {name} is not one of {', '.join(_CAUSAL)}"
         )
     return _at_every_position(base) if all_positions else base
-
-
-def _counting_events(base: type) -> type:
-    class Pop(base):
-        """RecBole's Pop, counting events: an item three times in a batch counts three times, sampled negatives never."""
-
-        def calculate_loss(self, interaction: Any) -> torch.Tensor:
-            item = interaction[self.ITEM_ID]
-            self.item_cnt.index_add_(0, item, torch.ones(len(item), 1, dtype=self.item_cnt.dtype, device=item.device))
-            self.max_cnt = self.item_cnt.max(dim=0)[0]
-            return torch.nn.Parameter(torch.zeros(1))
-
-    return Pop
 
 
 def _at_every_position(base: type) -> type:
@@ -242,9 +218,7 @@ def _dataset_class() -> type:
     return SplitDataset
 
 
-def windows(
-    split: Split, max_length: int, augmentation: Augmentation | None = None, seed: int = 0
-) -> pd.DataFrame:
+def windows(split: Split, max_length: int, augmentation: Augmentation | None = None, seed: int = 0) -> pd.DataFrame:
     """Training histories cut into windows that share one item: every training event but a user's first is a target once.
 
     Augmented copies follow, if asked for, drawn by `seed`; nothing in them that is not the user's own is a target.
@@ -301,28 +275,12 @@ def build(model_name: str | type, split: Split, settings: dict, seed: int) -> Si
     else:
         cls = _at_every_position(model_name) if all_positions else model_name
     sequential = cls.type == ModelType.SEQUENTIAL
-    fixed = {
-        "seed": seed,
-        "reproducibility": True,
-        "data_path": tempfile.gettempdir(),
-        "checkpoint_dir": tempfile.gettempdir(),
-        "USER_ID_FIELD": UID,
-        "ITEM_ID_FIELD": IID,
-        "TIME_FIELD": None,
-        "load_col": None,
-        "show_progress": False,
-        "metrics": ["NDCG"],
-        "topk": [10],
-        "valid_metric": "NDCG@10",
-        "metric_decimal_place": 10,
-        "repeatable": sequential,
-        "use_gpu": torch.cuda.is_available(),
-    }
+    fixed = SETTINGS["all"] | {"seed": seed, "repeatable": sequential, "use_gpu": torch.cuda.is_available()}
+    fixed |= {"data_path": tempfile.gettempdir(), "checkpoint_dir": tempfile.gettempdir()}
     if sequential or model_name == "Pop":
         fixed["train_neg_sample_args"] = None
     elif cls.type == ModelType.CONTEXT:  # RecBole expects labelled clicks there; here what was not taken is sampled
-        fixed["train_neg_sample_args"] = {"distribution": "uniform", "sample_num": 1, "alpha": 1.0}
-        fixed["train_neg_sample_args"] |= {"dynamic": False, "candidate_num": 0}
+        fixed |= SETTINGS["context-aware"]
     config = Config(model=model_name, dataset="llmrec", config_dict={**fixed, **settings})
     init_seed(seed, True)
     max_length = config["MAX_ITEM_LIST_LENGTH"] if sequential else 0
@@ -405,6 +363,8 @@ def fit(
         built = build(model_name, split, settings, seed)
         if (linear := linear_weights(built.model)) is not None:
             return linear
+        if hasattr(built.model, "item_cnt"):  # of Pop, whose own count depends on how events fall into batches
+            return {"item_cnt": torch.from_numpy(split.item_counts)[:, None]}
         name = built.config["model"]
         recommender = RecBoleRecommender(built.model, split, name)
         users = split.eval_users("valid", settings.get("valid_users", 0))
@@ -424,8 +384,6 @@ def fit(
         if trainer.best_state is not None:
             built.model.load_state_dict(trainer.best_state)
         state = dict(built.model.state_dict())
-        if hasattr(built.model, "item_cnt"):
-            state = {"item_cnt": built.model.item_cnt}
         return {**state, "valid_curve": torch.tensor(curve), "epochs": torch.tensor(len(trainer.train_loss_dict))}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ class Augmentation:
     def fingerprint(self) -> str:
         """Hash of everything that decides what is changed."""
         similar = () if self.similar is None else (self.similar.indptr, self.similar.indices)
-        return content_key(self.operation, self.rate, similar, self.copies, self.views)
+        return content_key(self.operation, self.rate, similar, self.copies, self.views, sys.modules[__name__])
 
     def __call__(
         self, sequence: Sequence, rng: np.random.Generator, others: np.ndarray

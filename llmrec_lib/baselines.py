@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -14,9 +14,7 @@ import yaml
 from llmrec_lib import _recbole
 from llmrec_lib.cache import cached_tensors, content_key
 from llmrec_lib.recommender import ItemSimilarityRecommender, RecBoleRecommender, Recommender
-
-if TYPE_CHECKING:
-    from llmrec_lib.splits import Split
+from llmrec_lib.splits import Split
 
 
 @dataclass(frozen=True)
@@ -63,9 +61,8 @@ def train(name: str, split: Split, seed: int = 0, *, progress: bool = True, **se
         return ItemSimilarityRecommender(split, tfidf_similarity(split, **settings), name)
     if baseline.kind == "hybrid":
         settings.setdefault("item_columns", _token_columns(split))
-    key = content_key(
-        name, settings, split.fingerprint, seed, sys.modules[__name__], _recbole, _versions(), split.dataset.n_items
-    )
+    made_by = sys.modules[__name__], _recbole, _recbole.SETTINGS, _versions()
+    key = content_key(name, settings, split.fingerprint, seed, split.dataset.n_items, made_by)
     state = cached_tensors(
         "baselines", key, lambda: _recbole.fit(baseline.recbole_model, split, settings, seed, progress=progress)
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,9 +18,7 @@ from torch import FloatTensor, LongTensor
 from llmrec_lib.cache import cached_tensors, content_key
 from llmrec_lib.evaluation.evaluate import evaluate, mask_seen, tie_order, top_k
 from llmrec_lib.recommender import Recommender
-
-if TYPE_CHECKING:
-    from llmrec_lib.splits import Split
+from llmrec_lib.splits import Split
 
 
 def z_score(scores: FloatTensor) -> FloatTensor:
@@ -103,9 +101,6 @@ class _Fusion(Recommender):
         masked = [mask_seen(arm.score(users).float().clone(), self.split, users, self.phase) for arm in self.arms]
         return [NORMALISERS[rule](scores) for scores in masked]
 
-    def describe(self) -> dict:
-        return {**super().describe(), "arms": [arm.describe() for arm in self.arms]}
-
 
 class HybridFusion(_Fusion):
     """Weighted: ``s = Σ_a w_a · norm(s_a)``, with a weight for each arm, or for each arm and user.
@@ -138,9 +133,6 @@ class HybridFusion(_Fusion):
         for position, scores in enumerate(self.comparable(users, self.rule)):
             fused += torch.where(torch.isfinite(scores), per_user[:, position, None] * scores, -torch.inf)
         return _unmasked(fused)
-
-    def describe(self) -> dict:
-        return {**super().describe(), "weights": "callable" if callable(self.weights) else list(self.weights)}
 
 
 class ParallelFusion(HybridFusion):
@@ -247,9 +239,6 @@ class LearnedFusion(_Fusion):
             fused += torch.where(torch.isfinite(scores), weight * scores, -torch.inf)
         return _unmasked(fused)
 
-    def describe(self) -> dict:
-        return {**super().describe(), "weights": content_key(self.weights)}
-
 
 def item_gates(split: Split, phase: str) -> FloatTensor:
     """What may decide how far to trust an arm about an item, from what `phase` may read: standardised, [n_items, G].
@@ -338,9 +327,6 @@ class SequentialFusion(_Fusion):
 
     def score(self, users: LongTensor) -> FloatTensor:
         return self._run(users, len(self.arms) - 1)[0]
-
-    def describe(self) -> dict:
-        return {**super().describe(), "n_candidates": list(self.n_candidates), "weights": list(self.weights)}
 
 
 def _unmasked(scores: FloatTensor) -> FloatTensor:

@@ -102,10 +102,6 @@ class TitleLikelihoodRecommender(Recommender):
             sums = sums - self.prior_weight * self.likelihood.prior(self.over).sum
         return torch.cat([sums.amin(dim=1, keepdim=True) - 1.0, sums], dim=1)  # PAD first
 
-    def describe(self) -> dict:
-        parts = {"likelihood": self.likelihood, "needs": self.needs}
-        return {**super().describe(), **{name: part and part.fingerprint for name, part in parts.items()}}
-
 
 def finetune_shortened(
     split: Split,

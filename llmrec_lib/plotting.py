@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,29 +18,13 @@ FAMILY_MARKERS = {"id": "o", "llm": "s", "prs": "^", "fusion": "D", "control": "
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 METRIC_NAMES = {"ndcg": "NDCG", "mrr": "MRR", "map": "MAP", "f1": "F1"}
 WIDTH = 6.4  # inches
-STYLE = {
-    "figure.figsize": (WIDTH, 3.6),
-    "figure.dpi": 110,
-    "figure.facecolor": "white",  # opaque: readable on pages with a dark background too
-    "figure.constrained_layout.use": True,
-    "font.size": 13,
-    "axes.titlesize": 14,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#DDDDDD",
-    "lines.linewidth": 2.0,
-    "lines.markersize": 8,
-    "legend.frameon": False,
-}
 
 
 def use_style() -> None:
     """Set matplotlib's defaults for the study; call it once in a notebook's first code cell."""
-    import matplotlib as mpl
+    from matplotlib import style
 
-    mpl.rcParams.update(STYLE | {"axes.prop_cycle": mpl.cycler(color=PALETTE)})
+    style.use(Path(__file__).with_suffix(".mplstyle"))
 
 
 def metric_bars(table: pd.DataFrame, metric: str = "ndcg@10", ax: Axes | None = None) -> Axes:

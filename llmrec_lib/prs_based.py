@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,14 +11,10 @@ from torch import FloatTensor, LongTensor
 from llmrec_lib.baselines import keep_neighbours
 from llmrec_lib.cache import cached_tensors, content_key
 from llmrec_lib.evaluation.evaluate import mask_seen, tie_order, top_k
-from llmrec_lib.prompts import Template, user_prompts
+from llmrec_lib.language_models.encoder import TextEncoder, Whitening
+from llmrec_lib.prompts import StatedNeeds, Template, user_prompts
 from llmrec_lib.recommender import PHASES, ItemSimilarityRecommender, Recommender
-
-if TYPE_CHECKING:
-    from llmrec_lib.language_models.encoder import TextEncoder, Whitening
-    from llmrec_lib.prompts import StatedNeeds
-    from llmrec_lib.splits import Split
-
+from llmrec_lib.splits import Split
 
 # Encoders read about 128 tokens: the newest titles first in line, then the profile.
 USER_TEXT = Template("user_text", "{history} {profile}", max_items=10)
@@ -34,8 +29,6 @@ def embed_items(split: Split, encoder: TextEncoder, whiten: bool = True) -> tupl
     embeddings, whitening
         `whitening` (None without) puts other texts into the same space.
     """
-    from llmrec_lib.language_models.encoder import Whitening
-
     raw = encoder.encode(split.dataset.item_text, progress=False)
     if not whiten:
         return raw, None
@@ -194,6 +187,3 @@ class NeedFilter(Recommender):
         scores = self.recommender.at(self.phase).score(users)
         step = scores.amax(1, keepdim=True) - scores.amin(1, keepdim=True) + 1.0
         return scores + step * torch.from_numpy(self.needs.fitting(users, self.phase))
-
-    def describe(self) -> dict:
-        return {**super().describe(), "recommender": self.recommender.describe(), "needs": self.needs.fingerprint}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -13,12 +13,9 @@ import torch
 from torch import FloatTensor, LongTensor
 
 from llmrec_lib.cache import content_key
-
-if TYPE_CHECKING:
-    from llmrec_lib.splits import Split
+from llmrec_lib.splits import Split
 
 PHASES = ("valid", "test")
-_CSR = ("data", "indices", "indptr")
 
 
 class Recommender(ABC):
@@ -60,13 +57,31 @@ class Recommender(ABC):
         """Score all items: users [B] -> scores [B, n_items], higher is better, nothing masked; column 0 is PAD."""
 
     def describe(self) -> dict:
-        """The configuration that decides the scores, as plain values: what a guard and a results file compare."""
-        plain = (str, int, float, bool, type(None))
-        values = {name: value for name, value in vars(self).items() if isinstance(value, plain) and name != "phase"}
-        return {"class": type(self).__name__, **values}
+        """The configuration that decides the scores, as plain values and hashes: what a guard and a results file compare.
+
+        All attributes count, but the phase, and those that begin with an underscore, which follow from the others.
+        """
+        counts = {
+            name: value for name, value in vars(self).items() if name not in ("phase", "split") and name[0] != "_"
+        }
+        return {"class": type(self).__name__, **{name: _described(value) for name, value in counts.items()}}
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r} on {self.split.dataset.name}, {self.split.protocol}>"
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Recommender):
+        return value.describe()
+    if isinstance(value, list | tuple):
+        return [_described(part) for part in value]
+    if isinstance(value, torch.nn.Module):
+        return f"{type(value).__name__} {content_key(dict(value.state_dict()))}"
+    if sp.issparse(value):
+        return content_key(*(getattr(value.tocsr(), part) for part in ("data", "indices", "indptr")))
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return "callable" if callable(value) and not hasattr(value, "fingerprint") else content_key(value)
 
 
 class ItemSimilarityRecommender(Recommender):
@@ -105,11 +120,6 @@ class ItemSimilarityRecommender(Recommender):
         votes, table = torch.from_numpy(history.data), torch.from_numpy(self.similarity)
         return torch.nn.functional.embedding_bag(items, table, starts, mode="sum", per_sample_weights=votes)
 
-    def describe(self) -> dict:
-        dense = not sp.issparse(self.similarity)
-        weights = [self.similarity] if dense else [getattr(self.similarity.tocsr(), part) for part in _CSR]
-        return {**super().describe(), "similarity": content_key(*weights)}
-
 
 class RecBoleRecommender(Recommender):
     """A trained RecBole model (general, sequential or context-aware) seen through the one interface.
@@ -126,10 +136,6 @@ class RecBoleRecommender(Recommender):
         from llmrec_lib import _recbole
 
         return _recbole.full_sort_scores(self.model, self.split, users, self.phase)
-
-    def describe(self) -> dict:
-        weights = content_key(dict(self.model.state_dict()))
-        return {**super().describe(), "model": type(self.model).__name__, "weights": weights}
 
 
 class ScoreTable(Recommender):

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from llmrec_lib.language_models.encoder import TextEncoder
-    from llmrec_lib.splits import Split
+from llmrec_lib.baselines import tfidf_vectors
+from llmrec_lib.language_models import catalog
+from llmrec_lib.language_models.encoder import TextEncoder, Whitening
+from llmrec_lib.splits import Split
 
 
 def shuffled_items(embeddings: Tensor, seed: int) -> Tensor:
@@ -38,9 +37,6 @@ def word_items(split: Split, n_components: int = 384) -> Tensor:
     """
     from sklearn.decomposition import TruncatedSVD
 
-    from llmrec_lib.baselines import tfidf_vectors
-    from llmrec_lib.language_models.encoder import Whitening
-
     counted = tfidf_vectors(split)
     size = min(n_components, min(counted.shape) - 1)
     rows = torch.from_numpy(TruncatedSVD(size, random_state=0).fit_transform(counted)).float()
@@ -49,9 +45,6 @@ def word_items(split: Split, n_components: int = 384) -> Tensor:
 
 def untrained_encoder(name: str, seed: int = 0) -> TextEncoder:
     """An encoder of the shape of the model `name`, with its tokenizer and random weights: a language model that never read."""
-    from llmrec_lib.language_models import catalog
-    from llmrec_lib.language_models.encoder import TextEncoder
-
     model, tokenizer = catalog.load_encoder(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

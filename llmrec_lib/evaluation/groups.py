@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-if TYPE_CHECKING:
-    from llmrec_lib.splits import Split
+from llmrec_lib.splits import Split
 
 
 def popularity_groups(split: Split) -> dict[str, np.ndarray]:

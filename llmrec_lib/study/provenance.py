@@ -19,13 +19,13 @@ from llmrec_lib.cache import content_key
 PACKAGE = Path(llmrec_lib.__file__).parent
 KEY_PACKAGES = ("numpy", "scipy", "pandas", "torch", "transformers", "recbole", "scikit-learn", "optuna")
 # They decide how results are run, drawn and stored, not what a method's numbers are.
-PRESENTATION = ("cli.py", "plotting.py", "study/")
+PRESENTATION = ("cli.py", "plotting.", "study/")
 
 
 @functools.cache
 def library_hash(results_only: bool = False) -> str:
     """Hash of the library's source; with `results_only` of those files alone that can change a method's numbers."""
-    paths = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".json", ".yaml")]
+    paths = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".yaml", ".mplstyle")]
     files = {path.relative_to(PACKAGE).as_posix(): path for path in paths}
     return content_key({n: p for n, p in files.items() if not (results_only and n.startswith(PRESENTATION))})
 

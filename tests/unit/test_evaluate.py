@@ -24,10 +24,10 @@ class Table(Recommender):
     def __init__(self, parts, table, name="table"):
         super().__init__(parts, name)
         self.table = torch.as_tensor(table, dtype=torch.float32)
-        self.asked = []
+        self._asked = []
 
     def score(self, users):
-        self.asked.append(len(users))
+        self._asked.append(len(users))
         return self.table[users]
 
 
@@ -56,11 +56,11 @@ def test_all_values_against_loops(random_table, checkerboard_split, phase):
 @pytest.mark.parametrize("phase", ["valid", "test"])
 def test_batches_make_no_difference(random_table, checkerboard_split, phase):
     whole = evaluate(random_table, checkerboard_split, phase, ks=KS)
-    assert random_table.asked == [24]
+    assert random_table._asked == [24]
     for size in (1, 7):
-        random_table.asked.clear()
+        random_table._asked.clear()
         parts = evaluate(random_table, checkerboard_split, phase, ks=KS, batch_size=size)
-        assert max(random_table.asked) == size  # never more than a batch at once
+        assert max(random_table._asked) == size  # never more than a batch at once
         pd.testing.assert_frame_equal(parts.per_user, whole.per_user, check_exact=True)
         assert parts.catalogue == whole.catalogue
 
@@ -68,10 +68,10 @@ def test_batches_make_no_difference(random_table, checkerboard_split, phase):
 def test_batches_shrink_as_the_catalogue_grows(random_table, checkerboard_split, monkeypatch):
     whole = evaluate(random_table, checkerboard_split, ks=KS)
     for scores, expected in ((5 * 17 + 16, [5, 5, 5, 5, 4]), (1, [1] * 24)):  # at least one user at once
-        random_table.asked.clear()
+        random_table._asked.clear()
         monkeypatch.setitem(evaluate.__globals__, "BATCH_SCORES", scores)
         parts = evaluate(random_table, checkerboard_split, ks=KS)
-        assert random_table.asked == expected
+        assert random_table._asked == expected
         pd.testing.assert_frame_equal(parts.per_user, whole.per_user, check_exact=True)
 
 
