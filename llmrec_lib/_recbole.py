@@ -3,8 +3,6 @@
 What is mended, and how to see that it still needs mending, is listed in ``_recbole.yaml``; tests hold each entry.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib
@@ -16,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -31,10 +29,8 @@ from tqdm import tqdm
 
 from llmrec_lib.augment import Augmentation, with_copies
 from llmrec_lib.evaluation.evaluate import evaluate
-
-if TYPE_CHECKING:
-    from llmrec_lib.recommender import Recommender
-    from llmrec_lib.splits import Split
+from llmrec_lib.recommender import RecBoleRecommender, Recommender
+from llmrec_lib.splits import Split
 
 _FACTS = yaml.safe_load(Path(__file__).with_name("_recbole.yaml").read_text(encoding="utf-8"))
 FAULTS, SETTINGS = _FACTS["faults"], _FACTS["settings"]
@@ -357,8 +353,6 @@ def fit(
     dict name -> Tensor
         What `restore` needs: the best state, or the item–item weights of a linear model; and ``epochs`` and ``valid_curve``.
     """
-    from llmrec_lib.recommender import RecBoleRecommender
-
     with contained(seed):
         built = build(model_name, split, settings, seed)
         if (linear := linear_weights(built.model)) is not None:

@@ -1,7 +1,5 @@
 """Data augmentation: slicing, insertion and replacement, and masking and reordering beside them, of histories and of texts."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass

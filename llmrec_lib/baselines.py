@@ -1,7 +1,5 @@
 """Recommendation without a language model: RecBole's models with tuned settings, and a TF-IDF profile."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

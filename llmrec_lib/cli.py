@@ -1,7 +1,5 @@
 """The command `llmrec`: run chapters, check data, list and fetch models."""
 
-from __future__ import annotations
-
 import signal
 import sys
 

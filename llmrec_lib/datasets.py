@@ -1,7 +1,5 @@
 """A data set in RecBole's atomic files, read exactly as written, checked line by line, with its raw texts beside it."""
 
-from __future__ import annotations
-
 import csv
 import difflib
 import functools

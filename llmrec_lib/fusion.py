@@ -3,8 +3,6 @@
 Early fusion, text inside a model of interactions, is `prs_based.ease_with_text`.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

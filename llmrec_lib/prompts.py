@@ -1,7 +1,5 @@
 """E(U, I, N): what is known of a user, the items and a stated need, written as text."""
 
-from __future__ import annotations
-
 import re
 import string
 import unicodedata

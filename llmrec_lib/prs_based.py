@@ -1,7 +1,5 @@
 """PRS-based methods, ``S = f(g(M(E(U, I, N))))``: encode users and items, compare, filter, rank."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Who may know what, when: training, validation and test events under four protocols, proved free of leaks."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import warnings

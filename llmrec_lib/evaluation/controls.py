@@ -3,8 +3,6 @@
 "Helps" may be written only where they are beaten.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Full-ranking evaluation: users stream through in batches, one mask for all methods, values per user first."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass

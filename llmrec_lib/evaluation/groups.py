@@ -1,7 +1,5 @@
 """Where a method helps: items by popularity, users by activity, both as the training part shows them."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from llmrec_lib.splits import Split

@@ -1,7 +1,5 @@
 """Metrics of ranked lists: one value per user and cut-off, and the metrics of a whole set of lists."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

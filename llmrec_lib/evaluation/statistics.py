@@ -1,7 +1,5 @@
 """Paired comparisons over users: difference, interval, permutation p, effect size, Holm over a declared family."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

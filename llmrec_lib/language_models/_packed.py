@@ -1,7 +1,5 @@
 """Linear layers that read a weight laid out once for the processor, where ``nn.Linear`` lays it out at every call."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Adapters of low rank beside the matrices of a Transformer (LoRA): few weights are trained, few have to be shared."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

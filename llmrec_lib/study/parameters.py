@@ -1,7 +1,5 @@
 """Strict notebook parameters: what a chapter declares, and whether given values fit, checked before anything runs."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import difflib

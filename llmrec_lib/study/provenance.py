@@ -1,7 +1,5 @@
 """Where a number comes from: source, versions, data, machine – and nothing that names a person, a host or a folder."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

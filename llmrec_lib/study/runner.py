@@ -1,7 +1,5 @@
 """Execute chapters with papermill: check everything first, skip what is up to date, keep nothing that is half done."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os
