@@ -18,13 +18,14 @@ FAMILY_MARKERS = {"id": "o", "llm": "s", "prs": "^", "fusion": "D", "control": "
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 METRIC_NAMES = {"ndcg": "NDCG", "mrr": "MRR", "map": "MAP", "f1": "F1"}
 WIDTH = 6.4  # inches
+STYLE = Path(__file__).with_suffix(".mplstyle")
 
 
 def use_style() -> None:
     """Set matplotlib's defaults for the study; call it once in a notebook's first code cell."""
     from matplotlib import style
 
-    style.use(Path(__file__).with_suffix(".mplstyle"))
+    style.use(STYLE)
 
 
 def metric_bars(table: pd.DataFrame, metric: str = "ndcg@10", ax: Axes | None = None) -> Axes:

@@ -217,14 +217,14 @@ class BenchmarkGrowth(_FromRuns):
     option_spec = {"alt": directives.unchanged_required, "name": directives.unchanged}
 
     def run(self) -> list[nodes.Node]:
-        import matplotlib as mpl
+        from matplotlib import style
         from matplotlib.figure import Figure
 
         from llmrec_lib.plotting import PALETTE, STYLE
 
         rows = [row for row in self.benchmarks() if "factor" in row]
         tasks = list(dict.fromkeys(row["name"].split(" ×")[0] for row in rows))
-        with mpl.rc_context(STYLE):
+        with style.context(STYLE):
             figure = Figure(figsize=(6.4, 4.6))
             for axis, unit in zip(figure.subplots(1, 2), ("seconds", "MB"), strict=True):
                 for task, colour, marker in zip(tasks, PALETTE, "osD^vX", strict=False):
@@ -239,7 +239,7 @@ class BenchmarkGrowth(_FromRuns):
                 axis.minorticks_off()
             figure.legend(*axis.get_legend_handles_labels(), loc="outside upper left")
         buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=2 * STYLE["figure.dpi"])
+        figure.savefig(buffer, format="png", dpi=2 * figure.dpi)
         return self.figure("growth", buffer.getvalue())
 
 
