@@ -237,9 +237,9 @@ def finetune(
     model.load_state_dict(stored, strict=False)
     merged = low_rank.merge_low_rank(model).requires_grad_(False)
     curve = pd.DataFrame(report["curve"], columns=_CURVE)
-    tokens_per_second, flops_per_second = report["tokens"] / report["seconds"], report["flops"] / report["seconds"]
-    speed = (tokens_per_second, flops_per_second / report["roof"])
-    return FineTuned(merged, tokenizer, curve, *speed, stored if method == "lora" else None, settings)
+    share_of_roof = report["flops"] / report["seconds"] / report["roof"]
+    adapter = stored if method == "lora" else None
+    return FineTuned(merged, tokenizer, curve, report["tokens"] / report["seconds"], share_of_roof, adapter, settings)
 
 
 # The model: what is kept of it, what is trained in it

@@ -310,32 +310,44 @@ def followers(sequences: Iterable[Sequence[int]]) -> Followers:
     return {beginning: sorted(tokens) for beginning, tokens in found.items()}
 
 
-@torch.inference_mode()
 def _padded_scores(
     scorer: TitleLikelihood, prompt: list[int], titles: list[list[int]], batch_size: int, allowed: Followers | None
 ) -> Tensor:
-    model = scorer.model
-    short_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-    unique = sorted(set(map(tuple, titles)), key=len)
-    scores: dict[tuple[int, ...], float] = {}
-    for start in range(0, len(unique), batch_size):
-        batch = unique[start : start + batch_size]
-        tokens, mask = pad_right([[*prompt, *title] for title in batch], scorer.device)
-        longest = len(batch[-1])
-        keep = {"logits_to_keep": longest + 1} if short_logits else {}
-        logits = model(input_ids=tokens, attention_mask=mask, use_cache=False, **keep).logits[:, -longest - 1 : -1]
-        logits = logits.float()
+    unique = sorted(set(map(tuple, titles)))
+    batch_tokens = batch_size * (len(prompt) + max(map(len, unique)))
+    sums: dict[tuple[int, ...], float] = {}
+    for row, logits in logits_after(scorer.model, [(prompt, title) for title in unique], batch_tokens):
+        title = unique[row]
         if allowed is not None:
-            outside = torch.zeros_like(logits, dtype=torch.bool)
-            for row, title in enumerate(batch):
-                for position in range(len(title)):
-                    outside[row, position] = True
-                    outside[row, position, allowed[title[:position]]] = False
+            outside = torch.ones_like(logits, dtype=torch.bool)
+            for position in range(len(title)):
+                outside[position, allowed[title[:position]]] = False
             logits = logits.masked_fill(outside, -torch.inf)
-        log_p = logits.log_softmax(-1).gather(2, tokens[:, -longest:, None])[:, :, 0]
-        sums = (log_p.double() * mask[:, -longest:]).sum(1)
-        scores.update(zip(batch, sums.tolist(), strict=True))
-    return torch.tensor([scores[tuple(title)] for title in titles], dtype=torch.float32)
+        sums[title] = logits.log_softmax(1)[range(len(title)), title].double().sum().item()
+    return torch.tensor([sums[tuple(title)] for title in titles], dtype=torch.float32)
+
+
+@torch.inference_mode()
+def logits_after(
+    model: PreTrainedModel, rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch_tokens: int
+) -> Iterator[tuple[int, Tensor]]:
+    """For each row (tokens before, tokens after): its number, and the logits float32 [n_after, vocabulary] that predict after.
+
+    Rows of similar length are read together, padded on the right to `batch_tokens` at most; one without tokens after is left out.
+    """
+    sizes = [len(before) + len(after) for before, after in rows]
+    order = sorted((row for row in range(len(rows)) if len(rows[row][1])), key=lambda row: -sizes[row])
+    short = "logits_to_keep" in inspect.signature(model.forward).parameters
+    while order:
+        n = max(1, batch_tokens // sizes[order[0]])
+        batch, order = order[:n], order[n:]
+        tokens, mask = pad_right([[*rows[row][0], *rows[row][1]] for row in batch], model.device)
+        first = min(len(rows[row][0]) for row in batch) - 1 if short else 0
+        keep = {"logits_to_keep": tokens.shape[1] - first} if short else {}
+        logits = model(input_ids=tokens, attention_mask=mask, use_cache=False, **keep).logits
+        for row, own in zip(batch, logits, strict=True):
+            start = len(rows[row][0]) - 1 - first
+            yield row, own[start : start + len(rows[row][1])].float()
 
 
 class _Tree:

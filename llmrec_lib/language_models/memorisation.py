@@ -1,25 +1,15 @@
 """What a causal language model remembers of a catalogue: titles it completes, years and classes it recalls."""
 
-from __future__ import annotations
-
 import re
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
-from llmrec_lib.language_models.encoder import pad_right
-from llmrec_lib.language_models.likelihood import followers
+from llmrec_lib.datasets import Dataset
+from llmrec_lib.language_models.likelihood import TitleLikelihood, followers, logits_after
 from llmrec_lib.prompts import item_titles
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from llmrec_lib.datasets import Dataset
-    from llmrec_lib.language_models.likelihood import TitleLikelihood
 
 CONTEXT = "Titles of movies and products:"  # the same words for every title of every data set
 MAX_CLASSES = 40  # distinct words of a column that may count as classes
@@ -69,11 +59,11 @@ def complete_titles(likelihood: TitleLikelihood, titles: Sequence[str]) -> pd.Da
     (boolean; missing for a title of a single token, of which nothing can be asked)
     """
     given = likelihood.prompt_tokens(CONTEXT)
-    tokens = [_tokens_after(likelihood.tokenizer, CONTEXT, f" {title}") for title in titles]
+    tokens = [_tokens_after(likelihood, CONTEXT, f" {title}") for title in titles]
     halves = [(len(ids) + 1) // 2 for ids in tokens]
     rows = [([*given, *ids[:half]], ids[half:]) for ids, half in zip(tokens, halves, strict=True)]
     right = np.zeros(len(rows), dtype=int)
-    for row, logits in _logits(likelihood.model, rows):
+    for row, logits in logits_after(likelihood.model, rows, BATCH_TOKENS):
         right[row] = int((logits.argmax(1).cpu() == torch.tensor(rows[row][1])).sum())
     frame = pd.DataFrame({"given": halves, "asked": [len(after) for _, after in rows], "right": right})
     rest = likelihood.tokenizer.batch_decode([after for _, after in rows])
@@ -99,12 +89,12 @@ def recall(
     -------
     bool array [n_prompts]
     """
-    tokens = {choice: tuple(_tokens_after(likelihood.tokenizer, prompts[0], choice)) for choice in choices}
+    tokens = {choice: tuple(_tokens_after(likelihood, prompts[0], choice)) for choice in choices}
     allowed = followers(tokens.values())
     asked = [(row, answer) for row, right in enumerate(answers) for answer in right]
     rows = [(likelihood.prompt_tokens(prompts[row]), list(tokens[answer])) for row, answer in asked]
     written = np.zeros(len(prompts), dtype=bool)
-    for place, logits in _logits(likelihood.model, rows):
+    for place, logits in logits_after(likelihood.model, rows, BATCH_TOKENS):
         ids = tokens[asked[place][1]]
         options = [allowed[ids[:step]] for step in range(len(ids))]
         best = [ways[int(logits[step, ways].argmax())] for step, ways in enumerate(options)]
@@ -112,22 +102,8 @@ def recall(
     return written
 
 
-def _tokens_after(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> list[int]:
+def _tokens_after(likelihood: TitleLikelihood, before: str, text: str) -> list[int]:
     """Tokens of `text` behind the last character of `before`: the beginning of a text is a special place."""
-    start, whole = tokenizer([before[-1], before[-1] + text], add_special_tokens=False)["input_ids"]
+    start, whole = likelihood.tokenizer([before[-1], before[-1] + text], add_special_tokens=False)["input_ids"]
     shared = next((i for i, (a, b) in enumerate(zip(start, whole, strict=False)) if a != b), len(start))
     return whole[shared:]
-
-
-@torch.inference_mode()
-def _logits(model: PreTrainedModel, rows: list[tuple[list[int], list[int]]]) -> Iterator[tuple[int, Tensor]]:
-    """For each row (tokens before, tokens after): its number, and the logits [n_after, vocabulary] that predict after."""
-    order = sorted((row for row in range(len(rows)) if rows[row][1]), key=lambda row: -len(rows[row][0] + rows[row][1]))
-    while order:
-        size = max(1, BATCH_TOKENS // len(sum(rows[order[0]], [])))
-        batch, order = order[:size], order[size:]
-        tokens, mask = pad_right([rows[row][0] + rows[row][1] for row in batch], model.device)
-        logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-        for place, row in enumerate(batch):
-            before, after = map(len, rows[row])
-            yield row, logits[place, before - 1 : before + after - 1].float()

@@ -58,7 +58,7 @@ def test_remembered_is_what_generation_writes(name, request, monkeypatch):
     titles = [*KNOWN, *OTHER, "é 夜 of", "toy story toys"]
     found = complete_titles(likelihood, titles)
     for title, row in zip(titles, found.itertuples(), strict=True):
-        tokens = _tokens_after(likelihood.tokenizer, CONTEXT, f" {title}")
+        tokens = _tokens_after(likelihood, CONTEXT, f" {title}")
         assert row.given + row.asked == len(tokens) and row.given - row.asked in (0, 1)
         if row.asked:
             start = torch.tensor([likelihood.prompt_tokens(CONTEXT) + tokens[: row.given]])
