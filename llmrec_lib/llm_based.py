@@ -1,30 +1,26 @@
 """LLM-based methods, ``S = f(M(E(U, I, N)))``: item scores come out of the language model's own output distribution."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import FloatTensor, LongTensor
 
-from llmrec_lib.prompts import get_template, item_titles, user_prompts
+from llmrec_lib.evaluation import evaluate
+from llmrec_lib.language_models.catalog import LanguageModel
+from llmrec_lib.language_models.compress import shorten
+from llmrec_lib.language_models.finetune import FineTuned, finetune
+from llmrec_lib.language_models.likelihood import TitleLikelihood
+from llmrec_lib.prompts import StatedNeeds, get_template, item_titles, user_prompts
 from llmrec_lib.recommender import Recommender
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from llmrec_lib.language_models.finetune import FineTuned
-    from llmrec_lib.language_models.likelihood import TitleLikelihood
-    from llmrec_lib.prompts import StatedNeeds
-    from llmrec_lib.splits import Split
+from llmrec_lib.splits import Split
 
 SCORES = ("sum", "mean", "prior_corrected")
 
 
 def catalogue_likelihood(
     split: Split,
-    llm: str | tuple[PreTrainedModel, PreTrainedTokenizerBase] = "smollm2-135m",
+    llm: str | LanguageModel = "smollm2-135m",
     template: str = "history",
     titles: Sequence[str] | None = None,
     **options: Any,
@@ -37,8 +33,6 @@ def catalogue_likelihood(
     titles : sequence of str [n_items], instead of the data set's; item 0 is PAD.
     **options : of `TitleLikelihood`, such as dtype or chunk_tokens.
     """
-    from llmrec_lib.language_models.likelihood import TitleLikelihood
-
     titles = item_titles(split.dataset.titles if titles is None else titles, template)[1:]
     return TitleLikelihood(llm, titles, suffix=get_template(template).suffix, **options)
 
@@ -105,7 +99,7 @@ class TitleLikelihoodRecommender(Recommender):
 
 def finetune_shortened(
     split: Split,
-    llm: str | tuple[PreTrainedModel, PreTrainedTokenizerBase] = "smollm2-135m",
+    llm: str | LanguageModel = "smollm2-135m",
     n_layers: int = 8,
     template: str = "history",
     titles: Sequence[str] | None = None,
@@ -123,11 +117,8 @@ def finetune_shortened(
     titles : as for `catalogue_likelihood`.
     **options : of `finetune`, such as epochs, train_users or pretrained.
     """
-    from llmrec_lib.evaluation import evaluate
-    from llmrec_lib.language_models.compress import shorten
-    from llmrec_lib.language_models.finetune import finetune
 
-    def ndcg(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+    def ndcg(model: torch.nn.Module, tokenizer: Any) -> float:
         likelihood = catalogue_likelihood(split, (model, tokenizer), template, titles)
         arm = TitleLikelihoodRecommender(split, likelihood, template, over="catalogue", progress=False)
         return evaluate(arm, split, "valid", users=split.eval_users("valid", valid_users), ks=[10]).mean("ndcg@10")

@@ -4,15 +4,15 @@ Every item is one vector in the place of a token; the vocabulary is the catalogu
 arXiv 2312.02443), which injects items into a language model as vectors and gives one output for each item.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import sys
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+import yaml
 from torch import FloatTensor, LongTensor, Tensor, nn
 
 from llmrec_lib import _recbole
@@ -20,30 +20,14 @@ from llmrec_lib.cache import cached_tensors, content_key
 from llmrec_lib.language_models import catalog, low_rank
 from llmrec_lib.language_models.encoder import choose_device, choose_dtype
 from llmrec_lib.recommender import RecBoleRecommender, Recommender
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from llmrec_lib.splits import Split
+from llmrec_lib.splits import Split
 
 TUNING = ("frozen", "lora", "full")
 ITEM_INPUTS = ("text", "id", "text+id")
-DEFAULTS: dict[str, Any] = {
-    "MAX_ITEM_LIST_LENGTH": 50,
-    "train_batch_size": 16,
-    "learning_rate": 1e-3,  # of what is new: projections and tables
-    "body_learning_rate": 1e-4,  # of the language model's weights, or of the adapters beside them
-    "epochs": 20,
-    "eval_step": 2,
-    "stopping_step": 3,
-    "out_size": 128,
-    "dropout_prob": 0.2,
-    "loss_type": "CE",
-    "all_positions": True,
-}
+DEFAULTS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("backbone.yaml").read_text(encoding="utf-8"))
 
 
-def causal_body(model: PreTrainedModel, pretrained: bool = True) -> tuple[PreTrainedModel, float]:
+def causal_body(model: nn.Module, pretrained: bool = True) -> tuple[nn.Module, float]:
     """A new float32 copy of a causal model's layers and its last norm, to be fed with ``inputs_embeds``.
 
     Parameters
@@ -169,7 +153,7 @@ def model_class() -> type[nn.Module]:
 def train_backbone(
     split: Split,
     item_embeddings: FloatTensor | None,
-    llm: str | tuple[PreTrainedModel, PreTrainedTokenizerBase] = "smollm2-135m",
+    llm: str | catalog.LanguageModel = "smollm2-135m",
     *,
     tuning: Literal["frozen", "lora", "full"] = "frozen",
     pretrained: bool = True,
@@ -214,7 +198,7 @@ def train_backbone(
         if value not in known:
             raise ValueError(f"{parameter} is {value!r}; it is one of {known}")
     texts = None if item_input == "id" else _unit_rows(item_embeddings, split.dataset.n_items)
-    model_hash = catalog.model_hash(catalog.fetch(llm)) if isinstance(llm, str) else catalog.weights_hash(llm[0])
+    model_hash = catalog.name_hash(llm) if isinstance(llm, str) else catalog.weights_hash(llm[0])
     choices = {"tuning": tuning, "pretrained": pretrained, "rank": rank, "item_input": item_input}
     settings = {**DEFAULTS, **settings, **choices}
     made_by = [version(package) for package in ("recbole", "torch", "transformers")]

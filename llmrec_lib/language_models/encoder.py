@@ -1,12 +1,10 @@
 """Texts to embeddings with a Transformer, and the whitening that makes their cosine similarity useful."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -15,9 +13,6 @@ from tqdm import tqdm
 from llmrec_lib.cache import cached_tensors, content_key
 from llmrec_lib.language_models import catalog
 from llmrec_lib.language_models._packed import pack_linears
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH_TOKENS = 2048  # per forward: enough to fill the cores, small enough for their caches
 
@@ -64,7 +59,7 @@ class TextEncoder:
 
     def __init__(
         self,
-        model: str | tuple[PreTrainedModel, PreTrainedTokenizerBase] = "minilm",
+        model: str | catalog.LanguageModel = "minilm",
         pooling: Literal["auto", "mean", "cls", "last"] = "auto",
         device: str = "auto",
         dtype: str = "auto",
@@ -78,7 +73,7 @@ class TextEncoder:
         self.dtype = choose_dtype(dtype, self.device)
         folder = catalog.fetch(model) if isinstance(model, str) else None
         loaded, self.tokenizer = catalog.load_encoder(model, self.dtype) if folder else model
-        self._hash = catalog.model_hash(folder) if folder else catalog.weights_hash(loaded)
+        self._hash = catalog.name_hash(model) if folder else catalog.weights_hash(loaded)
         self.model = loaded.to(device=self.device, dtype=self.dtype).eval()
         pack_linears(self.model)
         self.pooling = _pooling_of(folder, self.model) if pooling == "auto" else pooling
@@ -140,13 +135,13 @@ def pad_right(ids: list[list[int]], device: torch.device, fill: int = 0) -> tupl
     return tokens, mask
 
 
-def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
+def first_token(tokenizer: Any) -> int:
     """The token that stands for "nothing yet": beginning of sequence, else end of sequence, else padding, else 0."""
     special = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     return next((token for token in special if token is not None), 0)
 
 
-def _pooling_of(folder: Path | None, model: PreTrainedModel) -> str:
+def _pooling_of(folder: Path | None, model: torch.nn.Module) -> str:
     settings = folder / "1_Pooling" / "config.json" if folder else None
     if settings and settings.is_file():
         modes = json.loads(settings.read_text(encoding="utf-8"))
@@ -173,7 +168,7 @@ class Whitening:
     mean: Tensor
     matrix: Tensor
 
-    def fit(self, embeddings: Tensor, shrinkage: float = 0.01, n_components: int | None = None) -> Whitening:
+    def fit(self, embeddings: Tensor, shrinkage: float = 0.01, n_components: int | None = None) -> Self:
         """Learn mean and directions from these rows only: pass the items that training may know.
 
         Parameters

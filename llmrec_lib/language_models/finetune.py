@@ -1,7 +1,5 @@
 """Continued training of a causal language model on the study's own texts: the training part's histories, as titles."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math
@@ -14,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,11 +30,7 @@ from llmrec_lib.language_models.compress import transformer_layers
 from llmrec_lib.language_models.encoder import choose_device, choose_dtype, first_token, pad_right
 from llmrec_lib.language_models.likelihood import TitleLikelihood, _Tree
 from llmrec_lib.prompts import Template, get_template, item_titles, render
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from llmrec_lib.splits import Split
+from llmrec_lib.splits import Split
 
 OBJECTIVES, METHODS = ("catalogue", "tokens"), ("full", "lora")
 CHECKPOINT_SECONDS = 60.0  # between checkpoints; more where writing one would take over 5 % of the time
@@ -55,8 +49,8 @@ class FineTuned:
     ``(model.base_model, tokenizer)`` what `TextEncoder` takes. Both move it to their own dtype in place.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: nn.Module
+    tokenizer: Any
     curve: pd.DataFrame
     """One row per step: step, epoch (1.5: half of the second is done), tokens and seconds so far (seconds of training
     alone), loss of the batch before the step and valid_loss after it (both nats per title), valid_ndcg after it. NaN where
@@ -80,7 +74,7 @@ class FineTuned:
             save_file(self.adapter, temporary, metadata={"settings": json.dumps(self.settings)})
 
 
-def load_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
+def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     """A float32 copy of a base model with a saved adapter merged into it.
 
     Raises ValueError if the base weights (in float32) are not those that the adapter was trained on.
@@ -101,7 +95,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
 
 def finetune(
     split: Split,
-    llm: str | tuple[PreTrainedModel, PreTrainedTokenizerBase] = "smollm2-135m",
+    llm: str | catalog.LanguageModel = "smollm2-135m",
     *,
     template: str | Template = "history",
     objective: str = "catalogue",
@@ -121,7 +115,7 @@ def finetune(
     device: str = "auto",
     valid_users: int = 0,
     valid_every: int | None = None,
-    validate: Callable[[PreTrainedModel, PreTrainedTokenizerBase], float] | None = None,
+    validate: Callable[[nn.Module, Any], float] | None = None,
     progress: bool = True,
 ) -> FineTuned:
     """Continue the training of a causal language model on the titles that each user chose in the training part.
@@ -245,7 +239,7 @@ def finetune(
 # The model: what is kept of it, what is trained in it
 
 
-def _base_model(model: PreTrainedModel, pretrained: bool, seed: int) -> PreTrainedModel:
+def _base_model(model: nn.Module, pretrained: bool, seed: int) -> nn.Module:
     if pretrained:
         model = copy.deepcopy(model)
     else:
@@ -255,7 +249,7 @@ def _base_model(model: PreTrainedModel, pretrained: bool, seed: int) -> PreTrain
     return model.float().eval()  # evaluation mode also while training: no dropout
 
 
-def _trainable(model: PreTrainedModel, method: str, rank: int, seed: int) -> dict[str, nn.Parameter]:
+def _trainable(model: nn.Module, method: str, rank: int, seed: int) -> dict[str, nn.Parameter]:
     """Prepare the model for training in place; the parameters that will be trained, by name."""
     model.requires_grad_(method == "full")
     for module in (*(m for m in model.modules() if isinstance(m, nn.Embedding)), model.get_output_embeddings()):
@@ -442,7 +436,7 @@ _CURVE = ["step", "epoch", "tokens", "seconds", "loss", "valid_loss", "valid_ndc
 
 
 def _train(
-    model: PreTrainedModel, head: _Head, trainable: dict[str, nn.Parameter], texts: _Texts, settings: dict[str, Any],
+    model: nn.Module, head: _Head, trainable: dict[str, nn.Parameter], texts: _Texts, settings: dict[str, Any],
     checkpoint: Path, dtype: torch.dtype, measure: Callable[[], tuple[float, float]] | None, progress: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Train from the checkpoint, or from the beginning, to the end; tokens, seconds, FLOPs and the curve."""

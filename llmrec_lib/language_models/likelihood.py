@@ -7,7 +7,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,6 @@ from llmrec_lib.cache import cached_tensors, content_key
 from llmrec_lib.language_models import catalog
 from llmrec_lib.language_models._packed import pack_linears
 from llmrec_lib.language_models.encoder import choose_device, choose_dtype, first_token, pad_right
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OVER = ("vocabulary", "catalogue")
 HEAD_ROWS = 128  # positions per vocabulary projection: 128 x 49,152 logits stay near the cores' caches
@@ -73,7 +70,7 @@ class TitleLikelihood:
 
     def __init__(
         self,
-        model: str | tuple[PreTrainedModel, PreTrainedTokenizerBase],
+        model: str | catalog.LanguageModel,
         titles: Sequence[str],
         suffix: str = ";",
         dtype: str = "auto",
@@ -87,7 +84,7 @@ class TitleLikelihood:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         loaded, self.tokenizer = catalog.load_causal(model, self.dtype) if isinstance(model, str) else model
-        self._folder = catalog.fetch(model) if isinstance(model, str) else None
+        self._name = model if isinstance(model, str) else None
         self.model = loaded.to(device=self.device, dtype=self.dtype).eval()
         pack_linears(self.model)
         self.chunk_tokens = chunk_tokens
@@ -173,7 +170,7 @@ class TitleLikelihood:
     @property
     def fingerprint(self) -> str:
         """Hash of all that decides the scores of a prompt, the weights as they are now included."""
-        model = catalog.model_hash(self._folder) if self._folder else catalog.weights_hash(self.model)
+        model = catalog.name_hash(self._name) if self._name else catalog.weights_hash(self.model)
         return content_key("likelihood 2", model, self.title_tokens, str(self.dtype), self.context)
 
     def _tokenize_titles(self) -> list[list[int]]:
@@ -329,7 +326,7 @@ def _padded_scores(
 
 @torch.inference_mode()
 def logits_after(
-    model: PreTrainedModel, rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch_tokens: int
+    model: torch.nn.Module, rows: Sequence[tuple[Sequence[int], Sequence[int]]], batch_tokens: int
 ) -> Iterator[tuple[int, Tensor]]:
     """For each row (tokens before, tokens after): its number, and the logits float32 [n_after, vocabulary] that predict after.
 
