@@ -35,14 +35,14 @@ def measure(llm: str = "smollm2-135m", repeats: int = 3) -> list[dict]:
     reference, peer = {}, {}
     for over in ("vocabulary", "catalogue"):
         start = time.perf_counter()
-        reference[over] = naive_log_likelihood(exact, prompt, rows=sample, batch_size=64, over=over).sum
+        reference[over] = naive_log_likelihood(exact, prompt, rows=sample, batch_size=64, over=over)
         peer[over] = (time.perf_counter() - start) * len(exact.titles) / len(sample)
     rows = []
     for dtype in ("float32", "bfloat16"):
         scorer = exact if dtype == "float32" else catalogue_likelihood(parts, llm, dtype=dtype)
         roof = gemm_rate(scorer.dtype, scorer.device)
         for over in ("vocabulary", "catalogue"):
-            scores = scorer.log_likelihood(prompt, over).sum[sample]
+            scores = scorer.log_likelihood(prompt, over)[sample]
             seconds = statistics.median(
                 seconds_of(partial(scorer.log_likelihood, prompt, over)) for _ in range(repeats)
             )

@@ -65,6 +65,7 @@ def reciprocal_rank(scores: FloatTensor, k: int = 60) -> FloatTensor:
     return torch.where(torch.isfinite(scores), 1 / (k + ranks(scores)), -torch.inf)
 
 
+N_TOP, N_RANDOM = 100, 200  # items that stand for all of a user's in `LearnedFusion`
 NORMALISERS: dict[str, Callable[[FloatTensor], FloatTensor]] = {
     "z": z_score,
     "log_z": log_z,
@@ -156,8 +157,8 @@ class LearnedFusion(_Fusion):
     qualitative choice behavior"; Wolpert 1992, "Stacked generalization"; Sill et al. 2009, "Feature-weighted linear
     stacking".
 
-    The softmax is estimated by stratified sampling: all of a user's targets, the `n_top` items that the arms together
-    put first, and about `n_random` of the others, each counting for as many as it stands for.
+    The softmax is estimated by stratified sampling: all of a user's targets, the `N_TOP` items that the arms together
+    put first, and about `N_RANDOM` of the others, each counting for as many as it stands for.
 
     Parameters
     ----------
@@ -175,12 +176,10 @@ class LearnedFusion(_Fusion):
         gated: bool = True,
         rule: str = "log_z",
         l2: float = 1.0,
-        n_top: int = 100,
-        n_random: int = 200,
         name: str | None = None,
     ) -> None:
         super().__init__(arms, name or f"learned ({', '.join(arm.name for arm in arms)})")
-        self.gated, self.rule, self.l2, self.n_top, self.n_random = gated, rule, float(l2), n_top, n_random
+        self.gated, self.rule, self.l2 = gated, rule, float(l2)
         users = self.split.eval_users("valid") if users is None else np.asarray(users, dtype=np.int64)
         self.weights = self._learn(users)  # [1 + G + H, n_arms + 1]
 
@@ -200,9 +199,9 @@ class LearnedFusion(_Fusion):
             items, people = view._gates(batch)
             taken = torch.from_numpy(self.split.targets("valid")[batch.numpy()].toarray()) > 0
             unseen = torch.isfinite(scores[:, :, 0])
-            first = scores[:, :, :-1].sum(2).topk(min(self.n_top, self.n_items), dim=1).indices
+            first = scores[:, :, :-1].sum(2).topk(min(N_TOP, self.n_items), dim=1).indices
             certain = taken | torch.zeros_like(taken).scatter(1, first, True)
-            share = (self.n_random / (unseen & ~certain).sum(1, keepdim=True).clamp(min=1)).clamp(max=1.0)
+            share = (N_RANDOM / (unseen & ~certain).sum(1, keepdim=True).clamp(min=1)).clamp(max=1.0)
             drawn = unseen & (certain | (torch.rand(taken.shape, generator=generator) < share))
             row, item = drawn.nonzero(as_tuple=True)
             gates = torch.cat([items[item], people[row]], dim=1)
@@ -379,7 +378,6 @@ def search(
     split: Split,
     trials: int = 10,
     users: Sequence[int] | None = None,
-    metric: str = "ndcg@10",
     key: Any = (),
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Choose several settings at once on validation (tree-structured Parzen estimator, Bergstra et al. 2011, by Optuna).
@@ -398,7 +396,7 @@ def search(
     Returns
     -------
     best, table
-        The chosen settings; settings and `metric` of every trial, in their order.
+        The chosen settings; settings and NDCG@10 of every trial, in their order.
     """
     import optuna
 
@@ -416,9 +414,9 @@ def search(
             def value() -> dict[str, torch.Tensor]:
                 pairs = (halves, halves[::-1])
                 found = [evaluate(build(fit, **settings), split, "valid", users=judged) for fit, judged in pairs]
-                return {"value": torch.cat([torch.from_numpy(one.per_user[metric].to_numpy()) for one in found])}
+                return {"value": torch.cat([torch.from_numpy(one.per_user["ndcg@10"].to_numpy()) for one in found])}
 
-            about = content_key("trial", key, settings, split.fingerprint, users, metric, library_hash(True))
+            about = content_key("trial", key, settings, split.fingerprint, users, library_hash(True))
             rows[chosen] = cached_tensors("trials", about, value)["value"].mean().item()
         return rows[chosen]
 
@@ -428,7 +426,7 @@ def search(
     budget = min(trials, np.prod([len(values) for values in space.values()], dtype=int))
     # Asked more often than the budget says, since a combination that comes up again is not counted.
     study.optimize(judge, n_trials=10 * budget, callbacks=[lambda study, _: len(rows) >= budget and study.stop()])
-    table = pd.DataFrame([(*chosen, value) for chosen, value in rows.items()], columns=[*space, metric])
+    table = pd.DataFrame([(*chosen, value) for chosen, value in rows.items()], columns=[*space, "ndcg@10"])
     return dict(zip(space, max(rows, key=rows.get), strict=True)), table
 
 
@@ -442,7 +440,6 @@ def best_system(
     space: Mapping[str, Sequence] = LEARNED_SPACE,
     trials: int = 10,
     users: Sequence[int] | None = None,
-    metric: str = "ndcg@10",
     key: Any = (),
 ) -> tuple[Recommender, dict[str, Any], pd.DataFrame]:
     """The best that validation can make of some arms: a `LearnedFusion`, its settings from `search`, or one arm alone.
@@ -452,7 +449,7 @@ def best_system(
     arms : gives the arms, for one value of each name in `space` that is not in `LEARNED_SPACE`.
     name : of the system.
     space : values of the fusion's settings, and of whatever else `arms` depends on; single values are not searched.
-    trials, users, metric, key : see `search`.
+    trials, users, key : see `search`.
 
     Returns
     -------
@@ -464,9 +461,9 @@ def best_system(
         return LearnedFusion(arms(**chosen), users, gated, rule, l2, name=name)
 
     users = split.eval_users("valid") if users is None else users
-    best, table = search(build, space, split, trials, users, metric, key)
+    best, table = search(build, space, split, trials, users, key)
     learned = build(users, **best)
-    alone = [evaluate(arm, split, "valid", method=arm.name, users=users).mean(metric) for arm in learned.arms]
-    system = learned if table[metric].max() > max(alone) else learned.arms[int(np.argmax(alone))]
-    table = pd.concat([table, pd.DataFrame({"arm alone": [arm.name for arm in learned.arms], metric: alone})])
+    alone = [evaluate(arm, split, "valid", method=arm.name, users=users).mean() for arm in learned.arms]
+    system = learned if table["ndcg@10"].max() > max(alone) else learned.arms[int(np.argmax(alone))]
+    table = pd.concat([table, pd.DataFrame({"arm alone": [arm.name for arm in learned.arms], "ndcg@10": alone})])
     return system, best, table

@@ -93,7 +93,7 @@ class TitleLikelihoodRecommender(Recommender):
         if self.rule == "mean":
             sums = sums / self.likelihood.n_tokens.clamp(min=1)
         elif self.rule == "prior_corrected":
-            sums = sums - self.prior_weight * self.likelihood.prior(self.over).sum
+            sums = sums - self.prior_weight * self.likelihood.prior(self.over)
         return torch.cat([sums.amin(dim=1, keepdim=True) - 1.0, sums], dim=1)  # PAD first
 
 

@@ -77,7 +77,8 @@ def fetch(name: str) -> Path:
 def split_name(name: str) -> tuple[str, str]:
     """A model's name and its recipe: ("minilm", "int8") of "minilm@int8"; "" if there is none, ValueError if it is none."""
     base, _, recipe = name.rpartition("@")
-    if not base or HUB_NAME.fullmatch(name) or Path(name).is_dir():
+    without_revision = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).is_dir()  # of a hub's name
+    if not base or without_revision or HUB_NAME.fullmatch(name) or Path(name).is_dir():
         return name, ""
     from llmrec_lib.language_models.compress import parse
 

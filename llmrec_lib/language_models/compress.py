@@ -40,13 +40,12 @@ def transformer_layers(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def keep_layers(model: nn.Module, layers: int | Sequence[int]) -> nn.Module:
+def keep_layers(model: nn.Module, layers: Sequence[int]) -> nn.Module:
     """A copy of a model with only some of its Transformer layers, in their order: fewer weights, less time and memory.
 
     Parameters
     ----------
-    layers : int or sequence of int
-        The first so many, or which ones, counted from 0.
+    layers : which ones, counted from 0.
 
     Raises
     ------
@@ -54,10 +53,11 @@ def keep_layers(model: nn.Module, layers: int | Sequence[int]) -> nn.Module:
         No layer is left, or one that does not exist or is named twice.
     """
     n_layers = len(transformer_layers(model))
-    kept = sorted(range(layers) if isinstance(layers, int) else layers)
+    kept = sorted(layers)
     if not kept or len(set(kept)) < len(kept) or not 0 <= kept[0] <= kept[-1] < n_layers:
-        asked = layers if isinstance(layers, int) else list(layers)
-        raise ValueError(f"layers is {asked}; {type(model).__name__} has {n_layers}, numbered from 0: keep one or more")
+        raise ValueError(
+            f"layers is {list(layers)}; {type(model).__name__} has {n_layers}, numbered from 0: keep one or more"
+        )
     model = copy.deepcopy(model)
     own = transformer_layers(model)
     chosen = [own[place] for place in kept]
@@ -164,11 +164,12 @@ def compress(llm: catalog.LanguageModel, recipe: str, texts: Sequence[str] = CAL
         Not a recipe; more layers, heads or neurons than there are, or no whole groups of heads; a model of another build.
     """
     model, tokenizer = copy.deepcopy(llm[0]).eval(), llm[1]
-    tokens = tokenizer(list(texts))["input_ids"]
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tokens = [ids[:longest] for ids in tokenizer(list(texts))["input_ids"]]
     for step, number in parse(recipe):
         if step == "layers":
-            kept = layer_influence(model, tokens).argsort(descending=True)[:number].tolist()
-            model = keep_layers(model, kept if len(kept) == number else number)
+            order = layer_influence(model, tokens).argsort(descending=True).tolist()
+            model = keep_layers(model, order[:number] if number <= len(order) else range(number))
         elif step in ("heads", "neurons"):
             _prune_features(model, tokens, step, number)
         else:
@@ -185,29 +186,29 @@ def _prune_features(model: nn.Module, tokens: Sequence[Sequence[int]], step: str
     """Keep what feeds the most important inputs of each layer's attention output ("heads") or feed-forward output."""
     config = model.config.get_text_config()
     blocks = [[part for part in layer.modules() if isinstance(part, nn.Linear)] for layer in transformer_layers(model)]
-    query, key, _, output, *feeding, last = blocks[0] if len(blocks[0]) > 5 else [None] * 5
-    if not query or query.out_features != output.in_features or feeding[0].out_features != last.in_features:
+    if any(len(parts) < 6 or parts[0].out_features != parts[3].in_features for parts in blocks):
         needed = "query, key, value, output and a feed-forward block, all of them nn.Linear"
-        raise ValueError(f"{step}{number}: layers of {type(model).__name__} are not made of {needed}")
+        raise ValueError(f"{step}{number}: the layers of {type(model).__name__} are not made of {needed}")
+    query, key, *_, last = blocks[0]
     if step == "heads":
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width, shared, target = query.out_features // size, query.out_features // key.out_features, 3
+        n, shared, target, feeding = query.out_features // size, query.out_features // key.out_features, 3, slice(3)
     else:
-        size, width, shared, target = 1, last.in_features, 1, -1
-        number = round(width * number / 100)
-    if not 1 <= number <= width or number % shared:
-        which = f"{width} {step} per layer" + (f", {shared} of them share keys and values" if shared > 1 else "")
+        n, shared, target, feeding = last.in_features, 1, -1, slice(4, -1)
+        number = round(n * number / 100)
+    if not 1 <= number <= n or number % shared:
+        which = f"{n} {step} per layer" + (f", {shared} of them share keys and values" if shared > 1 else "")
         raise ValueError(
-            f"{step}: {number} cannot be kept; {type(model).__name__} has {which}: keep whole groups, not all"
+            f"{step}: {number} cannot be kept; {type(model).__name__} has {which}: keep whole groups, at least one"
         )
     importance = feature_importance(model, tokens, [parts[target] for parts in blocks])
-    chosen = importance.unflatten(1, (-1, shared * size)).sum(2).topk(number // shared).indices.sort().values
+    chosen = importance.unflatten(1, (n // shared, -1)).sum(2).topk(number // shared).indices.sort().values
     for parts, groups in zip(blocks, chosen, strict=True):
-        places, fewer = _features(groups, shared * size), _features(groups, size)
-        feeding = [(parts[0], places), (parts[1], fewer), (parts[2], fewer)] if step == "heads" else []
-        for part, rows in feeding or [(part, places) for part in parts[4:-1]]:
+        for part in parts[feeding]:
+            rows = _features(groups, part.out_features * shared // n)
             _resize(part, part.weight[rows], None if part.bias is None else part.bias[rows])
-        _resize(parts[target], parts[target].weight[:, places], parts[target].bias)
+        columns = _features(groups, parts[target].in_features * shared // n)
+        _resize(parts[target], parts[target].weight[:, columns], parts[target].bias)
     if step == "neurons":
         config.intermediate_size = number
     elif getattr(config, "head_dim", None):

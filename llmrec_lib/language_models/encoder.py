@@ -168,7 +168,7 @@ class Whitening:
     mean: Tensor
     matrix: Tensor
 
-    def fit(self, embeddings: Tensor, shrinkage: float = 0.01, n_components: int | None = None) -> Self:
+    def fit(self, embeddings: Tensor, shrinkage: float = 0.01) -> Self:
         """Learn mean and directions from these rows only: pass the items that training may know.
 
         Parameters
@@ -176,8 +176,6 @@ class Whitening:
         embeddings : Tensor [n, d]
         shrinkage : float in [0, 1]
             0 is plain whitening, for which directions without variance are dropped; 1 only centres and scales.
-        n_components : int, optional
-            Keep this many directions of largest variance (1 to d).
         """
         if embeddings.ndim != 2 or len(embeddings) < 2:
             raise ValueError(f"embeddings of shape {tuple(embeddings.shape)}: at least 2 rows [n, d] are needed")
@@ -185,18 +183,15 @@ class Whitening:
             raise ValueError("embeddings hold NaN or infinite values")
         if not 0 <= shrinkage <= 1:
             raise ValueError(f"shrinkage is {shrinkage}; it must lie in 0..1")
-        dimensions = embeddings.shape[1]
-        if n_components is not None and not 1 <= n_components <= dimensions:
-            raise ValueError(f"n_components is {n_components}; it must lie in 1..{dimensions}")
         rows = embeddings.double()
         self.mean = rows.mean(0)
-        variances, directions = torch.linalg.eigh(torch.cov(rows.T).reshape(dimensions, dimensions))
+        variances, directions = torch.linalg.eigh(torch.cov(rows.T).reshape(2 * rows.shape[1:]))
         variances, directions = variances.flip(0).clamp_min(0), directions.flip(1)
         shrunk = (1 - shrinkage) * variances + shrinkage * variances.mean()
         scale = torch.where(shrunk > 1e-12 * shrunk[0].clamp_min(1e-300), shrunk.rsqrt(), 0.0)
-        self.matrix = (directions * scale)[:, :n_components]
+        self.matrix = directions * scale
         return self
 
     def transform(self, embeddings: Tensor) -> Tensor:
-        """Whitened embeddings, float32 [n, n_components]."""
+        """Whitened embeddings, float32 [n, d]."""
         return ((embeddings.double() - self.mean) @ self.matrix).float()

@@ -27,17 +27,17 @@ from llmrec_lib.augment import Augmentation, with_copies
 from llmrec_lib.cache import atomic_write, cache_dir, cached_tensors, content_key
 from llmrec_lib.language_models import catalog, low_rank
 from llmrec_lib.language_models.compress import transformer_layers
-from llmrec_lib.language_models.encoder import choose_device, choose_dtype, first_token, pad_right
+from llmrec_lib.language_models.encoder import choose_device, choose_dtype, pad_right
 from llmrec_lib.language_models.likelihood import TitleLikelihood, _Tree
 from llmrec_lib.prompts import Template, get_template, item_titles, render
 from llmrec_lib.splits import Split
 
-OBJECTIVES, METHODS = ("catalogue", "tokens"), ("full", "lora")
+METHODS = ("full", "lora")
 CHECKPOINT_SECONDS = 60.0  # between checkpoints; more where writing one would take over 5 % of the time
 HEAD_ROWS = 512  # predictions per product with the output embedding, which bounds the memory of the logits
 WEIGHT_DECAY, CLIP, WARM_UP = 0.01, 1.0, 0.1
 _GROUP = 32  # batches that are made together of windows of similar length
-_NONE, _TEXT, _TOKEN = -1, -2, -3  # at a position, in the place of a node: no loss, a description's token, a title's
+_NONE = -1  # at a position, in the place of a node: no loss
 Window = tuple[list[int], list[int], int]  # token ids; for each, the node whose children may follow; titles to predict
 
 
@@ -63,34 +63,10 @@ class FineTuned:
     T trained in either, a token counts 4 (N + A) + 2 T (forward, gradient of inputs, gradient of what is trained), a
     prediction 4 d V, with width d and V rows of the output embedding. Attention products and padding are not counted."""
     adapter: dict[str, Tensor] | None
-    """Method "lora": bfloat16 A [rank, inputs] and B [outputs, rank] of each matrix; the model is merged from just these."""
+    """Method "lora": bfloat16 A [rank, inputs] and B [outputs, rank] of each matrix, from which the model is merged. To share
+    them, ``safetensors.torch.save_file`` them; to use them, ``add_low_rank(transformer_layers(base), rank)``,
+    ``base.load_state_dict(adapter, strict=False)``, ``merge_low_rank(base)`` on the model that was given, in float32."""
     settings: dict[str, Any]
-
-    def save_adapter(self, path: str | Path) -> None:
-        """Write the adapter as safetensors; rank, settings and the hash of the base weights are in its metadata."""
-        if self.adapter is None:
-            raise ValueError(f"method {self.settings['method']!r} makes no adapter; only 'lora' does")
-        with atomic_write(path) as temporary:
-            save_file(self.adapter, temporary, metadata={"settings": json.dumps(self.settings)})
-
-
-def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
-    """A float32 copy of a base model with a saved adapter merged into it.
-
-    Raises ValueError if the base weights (in float32) are not those that the adapter was trained on.
-    """
-    with safe_open(path, "pt") as file:
-        settings = json.loads((file.metadata() or {}).get("settings", "{}"))
-        adapter = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if "base" not in settings:
-        raise ValueError(f"{path} is not an adapter of save_adapter: its metadata lacks the settings")
-    base = _base_model(model, settings["pretrained"], settings["seed"])
-    if catalog.weights_hash(base) != settings["base"]:
-        which = f"load {settings['llm']!r} in float32, with the same layers"
-        raise ValueError(f"{path} was trained on other weights than these: {which}")
-    _trainable(base, "lora", settings["rank"], settings["seed"])
-    base.load_state_dict(adapter, strict=False)
-    return low_rank.merge_low_rank(base)
 
 
 def finetune(
@@ -98,12 +74,10 @@ def finetune(
     llm: str | catalog.LanguageModel = "smollm2-135m",
     *,
     template: str | Template = "history",
-    objective: str = "catalogue",
     method: str = "full",
     rank: int = 16,
     pretrained: bool = True,
     titles: Sequence[str] | None = None,
-    descriptions: bool = False,
     epochs: int = 1,
     learning_rate: float = 5e-4,
     window_tokens: int = 256,
@@ -114,7 +88,6 @@ def finetune(
     dtype: str = "auto",
     device: str = "auto",
     valid_users: int = 0,
-    valid_every: int | None = None,
     validate: Callable[[nn.Module, Any], float] | None = None,
     progress: bool = True,
 ) -> FineTuned:
@@ -125,6 +98,10 @@ def finetune(
     of which begins with the words before the titles. Where the cuts fall is drawn anew in each epoch, and each training
     event is predicted once per epoch. AdamW, learning rate up for 10 % of the training and down along a cosine.
 
+    The loss is −log p of each token of a title among those that can follow in a title of the catalogue: exp(−loss) is a
+    distribution over its distinct titles, and tokens without an alternative cost nothing. (Titles that were cut to half the
+    context can break that: one may begin another.)
+
     The result is kept below ``cache_dir()/finetuned``. A training that was cut off, even by SIGKILL, goes on from its last
     checkpoint when called again, and gives the same weights on the CPU with the same number of threads.
 
@@ -134,10 +111,6 @@ def finetune(
         A name for `catalog.fetch`, or a loaded model, of which a copy is trained; such as one from `keep_layers`.
     template : str or Template
         Its text must end with {history} and have no other field.
-    objective : {"catalogue", "tokens"}
-        "tokens": −log p of each token of a title among all tokens. "catalogue": only among the tokens that can follow in
-        a title of the catalogue, which makes exp(−loss) a distribution over its distinct titles; tokens without an
-        alternative cost nothing. (Titles that were cut to half the context can break the former: one may begin another.)
     method : {"full", "lora"}
         "full": all weights but embeddings and head. "lora": W + 2 B A beside each matrix of attention and MLP.
         Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models".
@@ -147,8 +120,6 @@ def finetune(
         False: the same architecture from random weights (control).
     titles : sequence of str [n_items], optional
         Instead of the data set's; shuffled among the items, for example (control). Item 0 is PAD.
-    descriptions : bool
-        Read ``dataset.item_text`` of each item with a training event as well, once per epoch, with objective "tokens".
     window_tokens, batch_tokens : int
         Longest window, and padded tokens per step, which must hold one window.
     train_users : int
@@ -159,11 +130,9 @@ def finetune(
         See `choose_dtype` and `choose_device`. bfloat16 is autocast: weights and moments stay float32.
     valid_users : int
         Users whose validation events, each given the training history, make valid_loss; 0 for none.
-    valid_every : int, optional
-        Validate every so many steps and at the end; by default after each epoch.
     validate : callable, optional
-        (model, tokenizer) -> NDCG for the curve, called at the same times with a copy of the model. As it cannot change
-        the weights, a stored result is returned whatever function made its curve.
+        (model, tokenizer) -> NDCG for the curve, called before training and after each epoch with a copy of the model. As it
+        cannot change the weights, a stored result is returned whatever function made its curve.
 
     Raises
     ------
@@ -174,14 +143,13 @@ def finetune(
     """
     settings = {n: v for n, v in locals().items() if v is None or isinstance(v, str | int | float | np.integer)}
     least = {"rank": 1, "epochs": 1, "window_tokens": 1, "batch_tokens": window_tokens, "seed": 0}
-    least |= {"train_users": 0, "valid_users": 0} | ({} if valid_every is None else {"valid_every": 1})
+    least |= {"train_users": 0, "valid_users": 0}
     for name, smallest in least.items():
         settings[name] = operator.index(settings[name])  # numpy's whole numbers too
         if settings[name] < smallest:
             raise ValueError(f"{name} is {settings[name]}; it must be {smallest} or more")
-    for name, options in (("objective", OBJECTIVES), ("method", METHODS)):
-        if settings[name] not in options:
-            raise ValueError(f"{name} {settings[name]!r} must be one of {', '.join(map(repr, options))}")
+    if method not in METHODS:
+        raise ValueError(f"method {method!r} must be one of {', '.join(map(repr, METHODS))}")
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate is {learning_rate}; it must be more than 0")
     template = get_template(template)
@@ -202,7 +170,7 @@ def finetune(
     scorer = _Scorer(model, tokenizer, item_titles(titles, template)[1:], template.suffix, on_device)
     settings["augmentation"] = augmentation and augmentation.fingerprint
     texts = _Texts(split, scorer, template, settings, augmentation)
-    made_of = (split.fingerprint, scorer.title_tokens, texts.preamble, texts.descriptions)
+    made_of = (split.fingerprint, scorer.title_tokens, texts.preamble)
     key = content_key(settings, *made_of, torch.__version__, sys.modules[__name__], low_rank)
     checkpoint = cache_dir() / "finetuned" / key / "checkpoint.safetensors"
     trainable = _trainable(model, method, rank, seed)
@@ -277,7 +245,7 @@ class _Texts:
     def __init__(
         self, split: Split, scorer: _Scorer, template: Template, settings: dict, augmentation: Augmentation | None
     ) -> None:
-        objective, train_users, window_tokens = (settings[n] for n in ("objective", "train_users", "window_tokens"))
+        train_users, window_tokens = settings["train_users"], settings["window_tokens"]
         split.guard(*split.pairs("train"), "train", "fine-tuning texts")
         self.histories = split.histories(np.flatnonzero(split.user_counts), "train")  # oldest first
         self.augmentation = augmentation
@@ -287,18 +255,12 @@ class _Texts:
         self.template, self.window_tokens = template, window_tokens
         self.preamble = scorer.prompt_tokens(render(template, []))
         self.tokens = [[], *scorer.title_tokens]  # of item 0, PAD, nothing
-        self.nodes = [[], *(_path(scorer._tree, end, objective) for end in scorer._tree.ends.tolist())]
+        self.nodes = [[], *(_path(scorer._tree, end) for end in scorer._tree.ends.tolist())]
         least = len(self.preamble) + max(map(len, self.tokens))
         if not least <= window_tokens <= (scorer.context or math.inf):
             most = f"{scorer.context}, the model's context" if scorer.context else "any number"
             raise ValueError(f"window_tokens is {window_tokens}; it must lie in {least} (longest title) to {most}")
         self.room = window_tokens - len(self.preamble)
-        self.descriptions: list[list[int]] = []
-        if settings["descriptions"]:
-            texts = [split.dataset.item_text[item] for item in np.flatnonzero(split.item_counts)]
-            first = first_token(scorer.tokenizer)
-            rows = scorer.tokenizer(texts, add_special_tokens=False)["input_ids"]
-            self.descriptions = [[first, *row[: window_tokens - 1]] for row in rows if row]
 
     def window(self, items: Sequence[int], predicted: Sequence[bool]) -> Window:
         """The titles of these items; those that are not `predicted` are read."""
@@ -321,7 +283,7 @@ class _Texts:
                     start, used, room = place, 0, self.room
                 used += size
             windows.append(self.window(history[start:], real[start:]))
-        return windows + [(ids, [_TEXT] * (len(ids) - 1) + [_NONE], 0) for ids in self.descriptions]
+        return windows
 
     def batches(self, seed: int, epoch: int, batch_tokens: int) -> list[list[Window]]:
         rng = np.random.default_rng([seed, epoch])
@@ -349,12 +311,12 @@ class _Texts:
         return windows
 
 
-def _path(tree: _Tree, end: int, objective: str) -> list[int]:
+def _path(tree: _Tree, end: int) -> list[int]:
     """At which node each token of a title is chosen; _NONE where the catalogue leaves no choice."""
     nodes = []
     while end:
         end = tree.parents[end]
-        nodes.append(_TOKEN if objective == "tokens" else end if len(tree.children[end]) > 1 else _NONE)
+        nodes.append(end if len(tree.children[end]) > 1 else _NONE)
     return nodes[::-1]
 
 
@@ -371,7 +333,7 @@ def _batched(windows: list[Window], batch_tokens: int) -> Iterator[list[Window]]
 
 
 class _Head:
-    """−log p of the next token: among all tokens, or among the children of a node of the catalogue's tree."""
+    """−log p of the next token among the children of a node of the catalogue's tree."""
 
     def __init__(self, scorer: _Scorer, dtype: torch.dtype) -> None:
         children = scorer._tree.children
@@ -380,20 +342,17 @@ class _Head:
         self.starts = self.counts.cumsum(0) - self.counts
         self.vocabulary, self.columns = flat.to(scorer.device).unique(return_inverse=True)
         self.plain = scorer._has_plain_head()  # else the model makes its own logits, of all tokens
-        config = scorer.model.config.get_text_config()
-        self.sizes = config.hidden_size, len(self.vocabulary), config.vocab_size
+        self.flops = 4.0 * scorer.model.config.get_text_config().hidden_size * len(self.vocabulary)  # of one prediction
         if self.plain:
             output = scorer.model.get_output_embeddings()
             bias = getattr(output, "bias", None)
-            self.all = output.weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
-            self.some = self.all[0][self.vocabulary], None if bias is None else self.all[1][self.vocabulary]
+            self.output = [
+                None if part is None else part.detach().to(dtype)[self.vocabulary] for part in (output.weight, bias)
+            ]
 
     def nats(self, states: Tensor, nodes: Tensor, targets: Tensor) -> Tensor:
-        """[n] for hidden states or logits [n, width], at nodes that are all in the tree or all not."""
-        if nodes[0] < 0:
-            logits = linear(states, *self.all) if self.plain else states
-            return cross_entropy(logits.float(), targets, reduction="none")
-        logits = (linear(states, *self.some) if self.plain else states[:, self.vocabulary]).float()
+        """[n] for hidden states or logits [n, width] at nodes of the tree."""
+        logits = (linear(states, *self.output) if self.plain else states[:, self.vocabulary]).float()
         counts = self.counts[nodes]
         rows = torch.arange(len(nodes), device=nodes.device).repeat_interleave(counts)
         first = (self.starts[nodes] - (counts.cumsum(0) - counts)).repeat_interleave(counts)
@@ -417,17 +376,15 @@ def _loss(model: nn.Module, head: _Head, batch: list[Window], dtype: torch.dtype
             outputs = (model.base_model if head.plain else model)(input_ids=tokens, use_cache=False)
         states = (outputs.last_hidden_state if head.plain else outputs.logits)[places]
         leaf = states.detach().requires_grad_(train)  # so that no more than a block of logits is ever kept
-        for group in ((nodes >= 0).nonzero()[:, 0], (nodes < 0).nonzero()[:, 0]):
-            for rows in group.split(HEAD_ROWS) if len(group) else ():
-                with autocast:
-                    nats = head.nats(leaf[rows], nodes[rows], targets[rows])
-                total += nats.detach()[nodes[rows] != _TEXT].double().sum()
-                if train:
-                    (nats.sum() / len(nodes)).backward()
+        for rows in torch.arange(len(nodes)).split(HEAD_ROWS) if len(nodes) else ():
+            with autocast:
+                nats = head.nats(leaf[rows], nodes[rows], targets[rows])
+            total += nats.detach().double().sum()
+            if train:
+                (nats.sum() / len(nodes)).backward()
     if train and leaf.grad is not None:
         states.backward(leaf.grad)
-    width, some, every = head.sizes
-    return total.item(), 4.0 * width * (int((nodes >= 0).sum()) * some + int((nodes < 0).sum()) * every)
+    return total.item(), head.flops * len(nodes)
 
 
 # The training
@@ -440,7 +397,7 @@ def _train(
     checkpoint: Path, dtype: torch.dtype, measure: Callable[[], tuple[float, float]] | None, progress: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Train from the checkpoint, or from the beginning, to the end; tokens, seconds, FLOPs and the curve."""
-    epochs, valid_every = settings["epochs"], settings["valid_every"]
+    epochs = settings["epochs"]
     optimizer = torch.optim.AdamW(trainable.values(), weight_decay=WEIGHT_DECAY, fused=True)
     weights = [part.weight for part in low_rank.matrices(transformer_layers(model)).values()]
     weights += trainable.values() if settings["method"] == "lora" else []
@@ -469,8 +426,7 @@ def _train(
             state["step"] += 1
             at = epoch + (state["batch"] + 1) / len(batches)
             state["epoch"], state["batch"] = (epoch, state["batch"] + 1) if at < epoch + 1 else (epoch + 1, 0)
-            is_due = at == epochs or (state["step"] % valid_every if valid_every else state["batch"]) == 0
-            measured = measure() if measure and is_due else (math.nan, math.nan)
+            measured = measure() if measure and state["batch"] == 0 else (math.nan, math.nan)
             loss = nats / n_titles if n_titles else math.nan
             state["curve"].append([state["step"], at, state["tokens"], state["seconds"], loss, *measured])
             bar.set_postfix_str(f"{loss:.3f} nats, {state['tokens'] / state['seconds']:,.0f} tokens/s", refresh=False)

@@ -6,7 +6,6 @@ import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,16 +22,6 @@ OVER = ("vocabulary", "catalogue")
 HEAD_ROWS = 128  # positions per vocabulary projection: 128 x 49,152 logits stay near the cores' caches
 _ANCHOR = ":"
 Followers = dict[tuple[int, ...], list[int]]  # beginning of token sequences -> the tokens that some go on with
-
-
-@dataclass(frozen=True)
-class LikelihoodScores:
-    """Scores of all titles under one prompt."""
-
-    sum: Tensor
-    """float32 [n_titles]: natural logarithm of the probability of each title's tokens, closing suffix included."""
-    n_tokens: Tensor
-    """int64 [n_titles]: how many tokens that were; sum / n_tokens is the mean per token."""
 
 
 class TitleLikelihood:
@@ -65,7 +54,7 @@ class TitleLikelihood:
     Blanks at the end of a prompt are dropped, since the title brings its own. An empty prompt is the first token alone
     (beginning of sequence, else end of sequence). With prompts longer than the model's context less the longest title,
     the last tokens are kept, and a beginning-of-sequence token if there was one. A title longer than half the context
-    is cut there, with a warning; `LikelihoodScores.n_tokens` tells.
+    is cut there, with a warning; `n_tokens` tells.
     """
 
     def __init__(
@@ -94,9 +83,9 @@ class TitleLikelihood:
         self._split_head = False
         self.shares_prompt = self._can_share_prompt()
         self._split_head = self.shares_prompt and self._has_plain_head()
-        self._prior: dict[str, LikelihoodScores] = {}
+        self._prior: dict[str, Tensor] = {}
 
-    def log_likelihood(self, prompt: str | Sequence[int], over: str = "vocabulary") -> LikelihoodScores:
+    def log_likelihood(self, prompt: str | Sequence[int], over: str = "vocabulary") -> Tensor:
         """Score all titles under one prompt, given as text or as token ids.
 
         Parameters
@@ -107,6 +96,12 @@ class TitleLikelihood:
             if none is the beginning of another, which the suffix sees to
             (constrained decoding as in De Cao et al. 2021, "Autoregressive Entity Retrieval", scored instead of searched).
             Where only one token can follow it has probability 1, and what lies behind the last fork needs no forward.
+
+        Returns
+        -------
+        Tensor of float32 [n_titles]
+            Natural logarithm of the probability of each title's tokens, closing suffix included; divided by `n_tokens` the
+            mean per token.
         """
         if over not in OVER:
             raise ValueError(f"over is {over!r}; it must be one of {', '.join(OVER)}")
@@ -114,13 +109,12 @@ class TitleLikelihood:
         if not self.shares_prompt:
             batch_size = max(1, 4 * self.chunk_tokens // (len(ids) + int(self.n_tokens.max())))
             return naive_log_likelihood(self, ids, batch_size=batch_size, over=over)
-        return LikelihoodScores(self._tree_scores(ids, self._tree, over), self.n_tokens)
+        return self._tree_scores(ids, self._tree, over)
 
-    def prior(self, over: str = "vocabulary") -> LikelihoodScores:
+    def prior(self, over: str = "vocabulary") -> Tensor:
         """Scores under the empty prompt: how probable the titles are by themselves. Computed once."""
         if over not in self._prior:
-            scores = self.score_catalogue([""], progress=False, over=over)[0]
-            self._prior[over] = LikelihoodScores(scores, self.n_tokens)
+            self._prior[over] = self.score_catalogue([""], progress=False, over=over)[0]
         return self._prior[over]
 
     def score_catalogue(self, prompts: Sequence[str], progress: bool = True, over: str = "vocabulary") -> Tensor:
@@ -136,7 +130,7 @@ class TitleLikelihood:
             ids = self.prompt_tokens(prompt)
 
             def compute(ids: list[int] = ids) -> dict[str, Tensor]:
-                return {"sum": self.log_likelihood(ids, over).sum}
+                return {"sum": self.log_likelihood(ids, over)}
 
             scores[row] = cached_tensors(f"likelihood/{base[:16]}", content_key(base, ids), compute)["sum"]
         return scores
@@ -277,7 +271,7 @@ def naive_log_likelihood(
     rows: Sequence[int] | None = None,
     batch_size: int = 1,
     over: str = "vocabulary",
-) -> LikelihoodScores:
+) -> Tensor:
     """The reference: prompt and title are read together, for each distinct title anew.
 
     Parameters
@@ -294,8 +288,7 @@ def naive_log_likelihood(
     chosen = range(len(scorer.titles)) if rows is None else rows
     titles = [scorer.title_tokens[row] for row in chosen]
     allowed = followers(scorer.title_tokens) if over == "catalogue" else None
-    scores = _padded_scores(scorer, scorer.prompt_tokens(prompt), titles, batch_size, allowed)
-    return LikelihoodScores(scores, torch.tensor([len(title) for title in titles], dtype=torch.int64))
+    return _padded_scores(scorer, scorer.prompt_tokens(prompt), titles, batch_size, allowed)
 
 
 def followers(sequences: Iterable[Sequence[int]]) -> Followers:

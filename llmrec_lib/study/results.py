@@ -1,7 +1,5 @@
 """What a notebook needs of the study: parameters checked once more, each unit kept at once, tidy tables at the end."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import itertools
@@ -11,7 +9,7 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import pyarrow
@@ -19,11 +17,9 @@ import pyarrow.parquet
 
 from llmrec_lib.cache import atomic_write, content_key
 from llmrec_lib.datasets import Dataset, load_dataset
+from llmrec_lib.evaluation import Evaluation
 from llmrec_lib.study import provenance
 from llmrec_lib.study.parameters import check_values, literals
-
-if TYPE_CHECKING:
-    from llmrec_lib.evaluation import Evaluation
 
 FAMILIES = ("id", "llm", "prs", "fusion", "control")
 METRICS_ORDER = ["protocol", "method", "family", "seed", "metric", "k"]
@@ -188,8 +184,6 @@ class Study:
 
 def _read_unit(path: Path) -> Evaluation | None:
     """The unit stored at `path`; None if there is none, or one damaged from outside, which is then computed again."""
-    from llmrec_lib.evaluation import Evaluation
-
     try:
         table = pd.read_parquet(path)
     except (OSError, ValueError):  # pyarrow's errors are ValueErrors

@@ -217,18 +217,20 @@ def test_the_backbone_trains_on_copies(checkerboard_split, tmp_path, monkeypatch
 def test_fine_tuning_reads_what_was_put_in_and_predicts_only_the_users_own(checkerboard_split, operation):
     split = checkerboard_split
     how = Augmentation(operation, 0.5, copies=2)
-    scorer, texts = prepare(split, tiny_llama(), tiny_tokenizer(), objective="tokens", augmentation=how)
+    scorer, texts = prepare(split, tiny_llama(), tiny_tokenizer(), augmentation=how)
     histories = {tuple(history) for history in split.histories(range(1, split.dataset.n_users), "train")}
     windows = texts.windows(np.random.default_rng(0))
     assert sum(n for _, _, n in windows) > split.user_counts.sum()
     titles = {tuple(tokens): item for item, tokens in enumerate(scorer.title_tokens, 1)}
+    asks = [nodes != [finetune_module._NONE] * len(nodes) for nodes in texts.nodes]
+    assert all(asks[1:])
     for ids, nodes, n in windows:
         rest, flags, items, predicted = ids[len(texts.preamble) :], nodes[len(texts.preamble) - 1 :], [], []
         while rest:
             size = next(size for size in range(1, len(rest) + 1) if tuple(rest[:size]) in titles)
             items.append(titles[tuple(rest[:size])])
-            predicted.append(flags[0] != finetune_module._NONE)
-            assert len({flag != finetune_module._NONE for flag in flags[:size]}) == 1
+            predicted.append(any(flag != finetune_module._NONE for flag in flags[:size]))
+            assert flags[:size] == texts.nodes[items[-1]] or not predicted[-1]
             rest, flags = rest[size:], flags[size:]
         assert sum(predicted) == n
         asked = {item for item, flag in zip(items, predicted, strict=True) if flag}

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmrec_lib import fusion
 from llmrec_lib.datasets import load_folder
 from llmrec_lib.evaluation.evaluate import evaluate, mask_seen, tie_order, top_k
 from llmrec_lib.fusion import (
@@ -315,12 +316,13 @@ def hinted(parts, seed, strength):
     return Table(parts, noise + strength * parts.targets("valid").toarray(), f"hint {strength}")
 
 
-def test_learned_weights_are_those_of_a_conditional_logit(one_each):
+def test_learned_weights_are_those_of_a_conditional_logit(one_each, monkeypatch):
     """statsmodels, given every unseen item of each user and its z-scores, finds the same weights."""
     from statsmodels.discrete.conditional_models import ConditionalLogit
 
     parts, arms = one_each, [hinted(one_each, 1, 2.0), hinted(one_each, 2, 0.7), hinted(one_each, 3, 0.0)]
-    learned = LearnedFusion(arms, gated=False, rule="z", l2=0.0, n_top=parts.dataset.n_items)
+    monkeypatch.setattr(fusion, "N_TOP", parts.dataset.n_items)
+    learned = LearnedFusion(arms, gated=False, rule="z", l2=0.0)
     columns, taken, groups = [], [], []
     targets = parts.targets("valid").toarray()
     for user in parts.eval_users("valid"):
@@ -335,18 +337,22 @@ def test_learned_weights_are_those_of_a_conditional_logit(one_each):
     assert learned.weights[0, :3].numpy() == pytest.approx(peer.params, rel=1e-3, abs=1e-3)
     assert abs(learned.weights[0, 3]) < 1e-6  # the same for every item: it decides nothing
     assert learned.weights[0, 0] > 2 * abs(learned.weights[0, 2])
-    held = LearnedFusion(arms, gated=False, rule="z", l2=1e6, n_top=parts.dataset.n_items)
+    held = LearnedFusion(arms, gated=False, rule="z", l2=1e6)
     assert held.weights.abs().max() < 1e-3
 
 
-def test_items_that_are_drawn_stand_for_all(one_each):
+def test_items_that_are_drawn_stand_for_all(one_each, monkeypatch):
     arms = [hinted(one_each, 1, 2.0), hinted(one_each, 2, 0.7)]
-    whole, drawn_all = (LearnedFusion(arms, n_top=top, n_random=rest) for top, rest in ((40, 1), (5, 40)))
-    assert torch.allclose(whole.weights, drawn_all.weights, atol=1e-4)
-    some = LearnedFusion(arms, gated=False, n_top=5, n_random=8)
-    every = LearnedFusion(arms, gated=False, n_top=40)
-    assert not torch.allclose(some.weights, every.weights, atol=1e-3)  # it is a sample
-    assert torch.allclose(some.weights, every.weights, atol=0.4)
+
+    def learned(n_top, n_random, **options):
+        monkeypatch.setattr(fusion, "N_TOP", n_top)
+        monkeypatch.setattr(fusion, "N_RANDOM", n_random)
+        return LearnedFusion(arms, **options).weights
+
+    assert torch.allclose(learned(40, 1), learned(5, 40), atol=1e-4)
+    some, every = learned(5, 8, gated=False), learned(40, 200, gated=False)
+    assert not torch.allclose(some, every, atol=1e-3)  # it is a sample
+    assert torch.allclose(some, every, atol=0.4)
 
 
 def test_a_learned_fusion_of_noise_and_sense_listens_to_sense(one_each):

@@ -63,18 +63,15 @@ def test_tree_equals_naive_loop(tokenizer, chunk_tokens, tied):
     assert scorer.shares_prompt
     for prompt in (PROMPT, "", "x", [5, 6, 7]):
         scores, reference = scorer.log_likelihood(prompt), naive_log_likelihood(scorer, prompt)
-        torch.testing.assert_close(scores.sum, reference.sum, atol=1e-4, rtol=0)
-        assert scores.sum.dtype == torch.float32
-        assert torch.equal(scores.n_tokens, reference.n_tokens)
+        torch.testing.assert_close(scores, reference, atol=1e-4, rtol=0)
+        assert scores.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("model", "shares"), [pytest.param(m, s, id=n) for n, m, s in other_models()])
 def test_every_causal_model_is_scored_exactly(tokenizer, model, shares):
     scorer = make(model, tokenizer, chunk_tokens=7)
     assert scorer.shares_prompt == shares
-    torch.testing.assert_close(
-        scorer.log_likelihood(PROMPT).sum, naive_log_likelihood(scorer, PROMPT).sum, atol=2e-4, rtol=0
-    )
+    torch.testing.assert_close(scorer.log_likelihood(PROMPT), naive_log_likelihood(scorer, PROMPT), atol=2e-4, rtol=0)
 
 
 def test_scores_by_hand(tokenizer):
@@ -88,27 +85,27 @@ def test_scores_by_hand(tokenizer):
         log_p = model(torch.tensor([whole])).logits[0].log_softmax(-1)
     expected = sum(log_p[i - 1, whole[i]].item() for i in range(len(before), len(whole)))
     scores = scorer.log_likelihood(PROMPT)
-    assert scores.sum[5].item() == pytest.approx(expected, abs=1e-4)
-    assert scores.n_tokens[5] == len(whole) - len(before)
+    assert scores[5].item() == pytest.approx(expected, abs=1e-4)
+    assert scorer.n_tokens[5] == len(whole) - len(before)
 
 
 def test_probabilities_of_all_one_token_titles_add_up_to_one(tokenizer):
     scorer = make(tiny_llama(), tokenizer)
     scorer.title_tokens = [[token] for token in range(320)]
     scorer._tree, scorer.n_tokens = _Tree(scorer.title_tokens), torch.ones(320, dtype=torch.int64)
-    assert scorer.log_likelihood(PROMPT).sum.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    assert scorer.log_likelihood(PROMPT).exp().sum().item() == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("model", [pytest.param(m, id=n) for n, m, _ in other_models()])
 def test_over_the_catalogue_equals_the_naive_loop_and_adds_up_to_one(tokenizer, model):
     scorer = make(model, tokenizer, chunk_tokens=5)
-    scores = scorer.log_likelihood(PROMPT, over="catalogue").sum
+    scores = scorer.log_likelihood(PROMPT, over="catalogue")
     torch.testing.assert_close(
-        scores, naive_log_likelihood(scorer, PROMPT, batch_size=4, over="catalogue").sum, atol=2e-4, rtol=0
+        scores, naive_log_likelihood(scorer, PROMPT, batch_size=4, over="catalogue"), atol=2e-4, rtol=0
     )
     distinct = [TITLES.index(title) for title in dict.fromkeys(TITLES)]
     assert scores[distinct].exp().sum().item() == pytest.approx(1, abs=1e-5)
-    torch.testing.assert_close(scorer.prior("catalogue").sum, scorer.log_likelihood("", over="catalogue").sum)
+    torch.testing.assert_close(scorer.prior("catalogue"), scorer.log_likelihood("", over="catalogue"))
 
 
 def test_over_the_catalogue_reads_only_what_decides(tokenizer):
@@ -129,22 +126,22 @@ def test_over_the_catalogue_reads_only_what_decides(tokenizer):
 
 def test_equal_titles_get_equal_scores_and_order_does_not_matter(tokenizer):
     model = tiny_llama()
-    scores = make(model, tokenizer).log_likelihood(PROMPT).sum
+    scores = make(model, tokenizer).log_likelihood(PROMPT)
     assert scores[0] == scores[6]
     order = np.random.default_rng(0).permutation(len(TITLES))
-    shuffled = make(model, tokenizer, [TITLES[i] for i in order]).log_likelihood(PROMPT).sum
+    shuffled = make(model, tokenizer, [TITLES[i] for i in order]).log_likelihood(PROMPT)
     torch.testing.assert_close(shuffled, scores[order], atol=1e-5, rtol=0)
 
 
 def test_blanks_at_the_end_of_a_prompt_change_nothing(tokenizer):
     scorer = make(tiny_llama(), tokenizer)
-    assert torch.equal(scorer.log_likelihood(PROMPT).sum, scorer.log_likelihood(PROMPT + "  ").sum)
+    assert torch.equal(scorer.log_likelihood(PROMPT), scorer.log_likelihood(PROMPT + "  "))
 
 
 def test_the_empty_prompt_is_the_prior(tokenizer):
     scorer = make(tiny_llama(), tokenizer)
     assert scorer.prompt_tokens("") == [tokenizer.bos_token_id]
-    assert torch.equal(scorer.prior().sum, scorer.log_likelihood([tokenizer.bos_token_id]).sum)
+    assert torch.equal(scorer.prior(), scorer.log_likelihood([tokenizer.bos_token_id]))
     assert scorer.prior() is scorer.prior()
 
 
@@ -157,21 +154,21 @@ def test_long_prompts_keep_their_end_and_long_titles_their_beginning(tokenizer):
     assert scorer.prompt_tokens([0, *ids]) == [0, *ids[-15:]]  # 0: beginning of sequence
     assert scorer.prompt_tokens(scorer.prompt_tokens(ids)) == ids[-16:]
     reference = naive_log_likelihood(scorer, ids)
-    torch.testing.assert_close(scorer.log_likelihood(ids).sum, reference.sum, atol=1e-4, rtol=0)
+    torch.testing.assert_close(scorer.log_likelihood(ids), reference, atol=1e-4, rtol=0)
 
 
 def test_batches_and_rows_of_the_reference(tokenizer):
     scorer = make(tiny_llama(), tokenizer)
     single = naive_log_likelihood(scorer, PROMPT)
-    torch.testing.assert_close(naive_log_likelihood(scorer, PROMPT, batch_size=4).sum, single.sum, atol=1e-4, rtol=0)
-    assert torch.equal(naive_log_likelihood(scorer, PROMPT, rows=[5, 2]).sum, single.sum[[5, 2]])
+    torch.testing.assert_close(naive_log_likelihood(scorer, PROMPT, batch_size=4), single, atol=1e-4, rtol=0)
+    assert torch.equal(naive_log_likelihood(scorer, PROMPT, rows=[5, 2]), single[[5, 2]])
 
 
 def test_bfloat16_is_close(tokenizer):
-    exact = make(tiny_llama(), tokenizer).log_likelihood(PROMPT).sum
+    exact = make(tiny_llama(), tokenizer).log_likelihood(PROMPT)
     scorer = make(tiny_llama(), tokenizer, dtype="bfloat16")
     assert scorer.model.dtype == torch.bfloat16
-    assert (scorer.log_likelihood(PROMPT).sum - exact).abs().max() < 0.1 * exact.abs().max()
+    assert (scorer.log_likelihood(PROMPT) - exact).abs().max() < 0.1 * exact.abs().max()
 
 
 def test_catalogue_scores_are_kept_prompt_by_prompt(tokenizer, tmp_path, monkeypatch):
@@ -192,7 +189,7 @@ def test_catalogue_scores_are_kept_prompt_by_prompt(tokenizer, tmp_path, monkeyp
     monkeypatch.setattr(scorer, "log_likelihood", lambda prompt, over: counted(prompt, over, stop=99))
     scores = scorer.score_catalogue(prompts, progress=False)
     assert len(calls) == 4
-    assert torch.equal(scores, torch.stack([real(prompt).sum for prompt in prompts]))
+    assert torch.equal(scores, torch.stack([real(prompt) for prompt in prompts]))
     assert torch.equal(scorer.score_catalogue(prompts[::-1], progress=False), scores.flip(0))
     assert len(calls) == 4
     with torch.no_grad():
@@ -244,7 +241,7 @@ def smollm2():
 
 def test_smollm2_knows_the_capital_of_france(smollm2):
     scorer = TitleLikelihood(smollm2, ["Paris", "banana", "London"], suffix=".", dtype="float32")
-    scores = scorer.log_likelihood("The capital of France is").sum
+    scores = scorer.log_likelihood("The capital of France is")
     assert scores.argmax() == 0
     assert scores[1] < scores[0] - 5
 
@@ -258,5 +255,5 @@ def test_smollm2_tree_equals_naive_loop(smollm2):
     assert scorer.shares_prompt
     prompt = "A user chose these items, from oldest to newest: Alien; Aliens; The Terminator;"
     scores, reference = scorer.log_likelihood(prompt), naive_log_likelihood(scorer, prompt)
-    torch.testing.assert_close(scores.sum, reference.sum, atol=2e-4, rtol=0)
-    assert scores.sum[0] == scores.sum[8]
+    torch.testing.assert_close(scores, reference, atol=2e-4, rtol=0)
+    assert scores[0] == scores[8]

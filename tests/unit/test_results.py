@@ -24,7 +24,8 @@ def parameters(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "tiny.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\nu\ti\t1\nu\tj\t2\nv\ti\t3\n")
     models = types.ModuleType("llmrec_lib.language_models")
-    models.catalog = types.SimpleNamespace(list_models=lambda: pd.DataFrame({"name": ["minilm"], "sha256": ["abc"]}))
+    listed = pd.DataFrame({"name": ["minilm"], "sha256": ["abc"]})
+    models.catalog = types.SimpleNamespace(list_models=lambda: listed, split_name=lambda name: (name, ""))
     monkeypatch.setitem(sys.modules, models.__name__, models)
     return {"dataset": "tiny", "data_dir": str(tmp_path / "data"), "results_dir": str(tmp_path / "results"), "seeds": 2}
 
