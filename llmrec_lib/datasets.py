@@ -137,10 +137,8 @@ def load_folder(path: str | Path) -> Dataset:
         path = path / f"{path.resolve().name}.inter"
     if not path.is_file() or path.suffix != ".inter":
         others = ", ".join(sorted(file.name for file in path.parent.glob("*.inter"))) or "none"
-        raise DataNotFoundError(
-            f"{path} does not exist, or is no .inter file (.inter files there: {others}); give a folder NAME that "
-            "holds NAME.inter: folder and file must have the same name"
-        )
+        found = f"{path} does not exist, or is no .inter file (.inter files there: {others})"
+        raise DataNotFoundError(f"{found}; give a folder NAME that holds NAME.inter: both must have the same name")
     digest, tables = hashlib.sha256(), {}
     for kind in _FILES:
         if (file := path.with_suffix(f".{kind}")).is_file():
@@ -387,10 +385,11 @@ def _download(name: str, url: str) -> Path:
                 shutil.copyfileobj(response, file)
             _extract(archive, folder, name)
         except (OSError, zipfile.BadZipFile, DataError) as error:  # OSError: no network, time-out, HTTP status
-            raise DataNotFoundError(
-                f"data set {name!r} could not be downloaded from {url} ({error}); download it elsewhere, unpack it as "
-                f"{name}/{name}.inter (.item, .user), and give the folder above as data_dir"
-            ) from error
+            failed = f"data set {name!r} could not be downloaded from {url} ({error})"
+            remedy = (
+                f"download it elsewhere, unpack it as {name}/{name}.inter (.item, .user), give the folder as data_dir"
+            )
+            raise DataNotFoundError(f"{failed}; {remedy}") from error
         os.replace(folder, target)
     return target
 

@@ -85,7 +85,7 @@ class _Fusion(Recommender):
         for arm in arms:
             if arm.split.fingerprint != first.fingerprint:
                 raise ValueError(
-                    f"arms {arms[0].name!r} and {arm.name!r} come from different splits: one would know the other's test"
+                    f"{arms[0].name!r} and {arm.name!r} come from different splits: one knows the other's test"
                 )
         super().__init__(first, name)
         self.arms = list(arms)

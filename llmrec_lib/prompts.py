@@ -5,9 +5,11 @@ import string
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import scipy.sparse as sp
+import yaml
 from numpy.typing import ArrayLike
 
 from llmrec_lib.cache import content_key
@@ -36,12 +38,7 @@ class Template:
             raise ValueError(f"template {self.name!r}: suffix must not be blank, max_items not negative")
 
 
-_HISTORY = "chose these items, from oldest to newest: {history}"
-_TEXTS = {
-    "history": f"A user {_HISTORY}",
-    "profile_history": f"A user ({{profile}}) {_HISTORY}",
-    "need": f"A user who is looking for this: {{need}}\nThe user {_HISTORY}",
-}
+_TEXTS = yaml.safe_load(Path(__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))
 TEMPLATES = {name: Template(name, text) for name, text in _TEXTS.items()}
 
 

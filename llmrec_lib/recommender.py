@@ -66,9 +66,6 @@ class Recommender(ABC):
         }
         return {"class": type(self).__name__, **{name: _described(value) for name, value in counts.items()}}
 
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name!r} on {self.split.dataset.name}, {self.split.protocol}>"
-
 
 def _described(value: Any) -> Any:
     if isinstance(value, Recommender):

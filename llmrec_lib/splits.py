@@ -168,10 +168,8 @@ class Split:
             leaks = np.flatnonzero(self.matrix(part)[users, items])
             if len(leaks):
                 user, item = self.dataset.user_ids[users[leaks[0]]], self.dataset.item_ids[items[leaks[0]]]
-                raise LeakError(
-                    f"{what} (phase {phase!r}) holds {len(leaks):,} held-out {part} event(s), the first: user {user!r}, "
-                    f"item {item!r}; build it from split.histories or split.history_matrix of this phase"
-                )
+                first = f"{len(leaks):,} held-out {part} event(s), the first: user {user!r}, item {item!r}"
+                raise LeakError(f"{what} (phase {phase!r}) holds {first}; build it from split.histories of this phase")
 
 
 def split(

@@ -208,7 +208,5 @@ def _check_first_look(look: tuple[str, str, int], configuration: dict) -> None:
     known = _judged.get(look)
     if known not in (None, configuration):
         changed = sorted(key for key in {*known, *configuration} if known.get(key) != configuration.get(key))
-        raise TestReuseError(
-            f"{look[1]!r} has been judged on this test set with other settings ({', '.join(changed)}); choose settings with "
-            "phase='valid', or give the variant a method name of its own so that both stand in the results"
-        )
+        before = f"{look[1]!r} has been judged on this test set with other settings ({', '.join(changed)})"
+        raise TestReuseError(f"{before}; choose settings with phase='valid', or give the variant a name of its own")

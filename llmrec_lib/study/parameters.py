@@ -54,10 +54,8 @@ def literals(source: str, where: str) -> dict[str, Value]:
                 with contextlib.suppress(ValueError):
                     value = ast.literal_eval(line.value)
         if type(value) not in TYPES or name in values:
-            raise ParameterError(
-                f"{where}, line {line.lineno}: {ast.unparse(line)!r} must be one line `name = value` without "
-                "annotation, each name once, the value a literal text, number, True, False or list"
-            )
+            needed = "one line `name = value`, each name once, the value a literal text, number, True, False or list"
+            raise ParameterError(f"{where}, line {line.lineno}: {ast.unparse(line)!r} must be {needed}")
         values[name] = value
     return values
 
@@ -95,9 +93,8 @@ def convert(name: str, value: Any, default: Value, where: str = "", text: bool =
             return adapter.validate_json(value.lower() if kind is bool else value, strict=True)
         return adapter.validate_python(value, strict=True)
     except ValidationError:
-        raise ParameterError(
-            f"{where}parameter {name!r} must be {TYPES[kind]} (default {default!r}), got {value!r} ({type(value).__name__})"
-        ) from None
+        got = f"got {value!r} ({type(value).__name__})"
+        raise ParameterError(f"{where}parameter {name!r} must be {TYPES[kind]} (default {default!r}), {got}") from None
 
 
 def check_values(

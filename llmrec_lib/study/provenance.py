@@ -1,6 +1,5 @@
 """Where a number comes from: source, versions, data, machine – and nothing that names a person, a host or a folder."""
 
-import contextlib
 import functools
 import os
 import platform
@@ -10,6 +9,8 @@ import sys
 from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
+
+import torch
 
 import llmrec_lib
 from llmrec_lib.cache import content_key
@@ -30,12 +31,8 @@ def library_hash(results_only: bool = False) -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Version of Python and of each installed package that can change a number."""
-    found = {"python": platform.python_version()}
-    for package in KEY_PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
+    """Version of Python and of each package that can change a number."""
+    return {"python": platform.python_version(), **{package: metadata.version(package) for package in KEY_PACKAGES}}
 
 
 def machine() -> dict[str, Any]:
@@ -50,8 +47,7 @@ def machine() -> dict[str, Any]:
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
     }
-    torch = sys.modules.get("torch")  # not imported for this: a chapter without torch stays light
-    if torch and torch.cuda.is_available():
+    if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     return facts
 

@@ -103,10 +103,8 @@ class Study:
             _what_it_uses(compute),
         )
         if self._keys.setdefault((protocol, method, seed), unit_key) != unit_key:
-            raise ValueError(
-                f"unit {method!r} ({protocol}, seed {seed}) was already given with other settings or another key: give "
-                "the variant a method name of its own, or make a new Study after editing a cell"
-            )
+            known = f"unit {method!r} ({protocol}, seed {seed}) was already given with other settings or another key"
+            raise ValueError(f"{known}: give the variant a name of its own, or make a new Study after editing a cell")
         name = re.sub(r"[^\w.+-]+", "-", f"{protocol}.{method}.{seed}")[:100]
         path = self.folder / "units" / f"{name}.{unit_key[:16]}.parquet"
         evaluation = _read_unit(path)

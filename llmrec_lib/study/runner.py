@@ -76,9 +76,7 @@ def run(
     report : receives one line of progress at a time.
     """
     if engine not in ("local", "dask") or (scheduler and engine != "dask"):
-        raise ParameterError(
-            f"engine {engine!r}, scheduler {scheduler!r}: use one of local, dask, dask with a scheduler"
-        )
+        raise ParameterError(f"engine {engine!r}, scheduler {scheduler!r}: use local, dask, or dask with a scheduler")
     given = dict(parameters or {}) | ({} if results_dir is None else {"results_dir": str(results_dir)})
     jobs = _plan(chapters, profile, given, Path(notebooks_dir), Path(executed_dir))
     outcomes = {job.chapter: ChapterOutcome(job.chapter, "up to date", 0.0, job.target) for job in jobs}
