@@ -4,6 +4,7 @@ What is mended, and how to see that it still needs mending, is listed in ``_recb
 """
 
 import contextlib
+import copy
 import functools
 import importlib
 import os
@@ -322,17 +323,14 @@ def make_trainer(built: SimpleNamespace, model_name: str, validate: Callable[[],
             raise ValueError(f"{resume_file}: RecBole's checkpoints are pickles, which can run code; they are not read")
 
     class TensorsOnly(Collector):
-        """`Collector` whose counters stay what they are."""
+        """`Collector` that leaves its counters alone: RecBole calls .cpu() on them as on tensors."""
 
         def get_data_struct(self) -> Any:
             found = self.data_struct._data_dict
-            counters = {key: value for key, value in found.items() if not isinstance(value, torch.Tensor)}
-            for key in counters:
-                del self.data_struct._data_dict[key]
-            struct = super().get_data_struct()
-            for key, value in counters.items():
-                struct.set(key, value)
-                self.data_struct.set(key, value)
+            found |= {key: value.cpu() for key, value in found.items() if isinstance(value, torch.Tensor)}
+            struct = copy.deepcopy(self.data_struct)
+            for key in ("rec.topk", "rec.meanrank", "rec.score", "rec.items", "data.label"):  # of one evaluation
+                found.pop(key, None)
             return struct
 
     # Stands where RecBole's trainers would open a log folder in the working directory.
@@ -403,11 +401,11 @@ def linear_weights(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
     if not sp.issparse(weights):
         return {"dense": torch.from_numpy(np.ascontiguousarray(weights, dtype=np.float32))}
     weights = sp.csr_matrix(weights)
-    parts = {"values": weights.data, "columns": weights.indices, "row_starts": weights.indptr}
-    return {
-        name: torch.from_numpy(part).to(torch.float32 if name == "values" else torch.int64)
-        for name, part in parts.items()
+    places = {
+        "columns": torch.from_numpy(weights.indices).long(),
+        "row_starts": torch.from_numpy(weights.indptr).long(),
     }
+    return {"values": torch.from_numpy(weights.data).float(), **places}
 
 
 def similarity_from(state: dict[str, torch.Tensor], n_items: int) -> torch.Tensor | sp.csr_matrix:

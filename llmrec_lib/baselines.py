@@ -13,6 +13,7 @@ from llmrec_lib import _recbole
 from llmrec_lib.cache import cached_tensors, content_key
 from llmrec_lib.recommender import ItemSimilarityRecommender, RecBoleRecommender, Recommender
 from llmrec_lib.splits import Split
+from llmrec_lib.study.provenance import versions
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def train(name: str, split: Split, seed: int = 0, *, progress: bool = True, **se
         return ItemSimilarityRecommender(split, tfidf_similarity(split, **settings), name)
     if baseline.kind == "hybrid":
         settings.setdefault("item_columns", _token_columns(split))
-    made_by = sys.modules[__name__], _recbole, _recbole.SETTINGS, _versions()
+    made_by = sys.modules[__name__], _recbole, _recbole.SETTINGS, versions()
     key = content_key(name, settings, split.fingerprint, seed, split.dataset.n_items, made_by)
     state = cached_tensors(
         "baselines", key, lambda: _recbole.fit(baseline.recbole_model, split, settings, seed, progress=progress)
@@ -79,12 +80,6 @@ def _token_columns(split: Split) -> list[str]:
         for name in items
         if kinds[name] == "token_seq" or (kinds[name] == "token" and items[name].nunique() < len(items))
     ]
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {package: version(package) for package in ("recbole", "torch", "numpy", "scipy", "scikit-learn")}
 
 
 def tfidf_similarity(split: Split, min_df: int = 1, neighbours: int = 100) -> sp.csr_matrix:

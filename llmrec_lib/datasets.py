@@ -109,8 +109,7 @@ def load_dataset(name: str = "ml-100k", data_dir: str | Path = "") -> Dataset:
     """
     if not name or name in (".", "..") or re.search(r"[/\\\0]", name):
         raise DataError(f"dataset {name!r} is not a name: give the folder's name alone, and where it lies as data_dir")
-    package = _recbole_folder()
-    usual = [os.environ.get("LLMREC_DATA"), "dataset", package and package / "dataset_example"]
+    usual = [os.environ.get("LLMREC_DATA"), "dataset", _recbole_folder() / "dataset_example"]
     searched = [Path(place).expanduser() for place in ([data_dir] if str(data_dir) else usual) if place]
     for parent in searched:
         if (parent / name).is_dir():
@@ -348,18 +347,14 @@ def _or_ids(texts: Iterable[str], ids: np.ndarray) -> list[str]:
     return ["", *[text if text.strip() else key for text, key in zip(texts, ids, strict=True)][1:]]
 
 
-def _recbole_folder() -> Path | None:
+def _recbole_folder() -> Path:
     """Where the recbole package lies, found without importing it."""
-    spec = importlib.util.find_spec("recbole")
-    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+    return Path(importlib.util.find_spec("recbole").origin).parent
 
 
 def download_urls() -> dict[str, str]:
     """Data sets that RecBole offers for download: name to the address of a zip file, listed in the recbole package."""
-    package = _recbole_folder()
-    if package is None:
-        return {}
-    return yaml.safe_load((package / "properties" / "dataset" / "url.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_load((_recbole_folder() / "properties/dataset/url.yaml").read_text(encoding="utf-8"))
 
 
 class _OnlyHttps(urllib.request.BaseHandler):

@@ -17,6 +17,7 @@ from llmrec_lib.cache import cached_tensors, content_key
 from llmrec_lib.evaluation.evaluate import evaluate, mask_seen, tie_order, top_k
 from llmrec_lib.recommender import Recommender
 from llmrec_lib.splits import Split
+from llmrec_lib.study.provenance import library_hash
 
 
 def z_score(scores: FloatTensor) -> FloatTensor:
@@ -399,8 +400,6 @@ def search(
         The chosen settings; settings and NDCG@10 of every trial, in their order.
     """
     import optuna
-
-    from llmrec_lib.study.provenance import library_hash
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     users = split.eval_users("valid") if users is None else np.asarray(users, dtype=np.int64)

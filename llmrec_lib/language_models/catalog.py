@@ -138,21 +138,19 @@ def _load(kind: str, name: str, dtype: torch.dtype | None) -> LanguageModel:
 
     transformers.utils.logging.disable_progress_bar()  # loads take a second, and bars end up in notebooks
     folder, (_, recipe) = fetch(name), split_name(name)
-    options = {"dtype": torch.float32 if recipe else dtype or torch.float32, "use_safetensors": True}
+    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **_SAFE}
     try:
-        loader = getattr(transformers, kind)
-        model, report = loader.from_pretrained(folder, output_loading_info=True, **options, **_SAFE)
+        model, report = getattr(transformers, kind).from_pretrained(folder, **options)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} does not hold the whole model that its config.json describes: {error}") from error
     lacking = [key for key in {*report["missing_keys"], *map(str, report["mismatched_keys"])} if "pooler" not in key]
     if lacking:  # transformers would go on with random weights
         raise ValueError(f"{folder} lacks {len(lacking)} weights of the model in its config.json: {lacking[0]}")
-    loaded = model.eval(), transformers.AutoTokenizer.from_pretrained(folder, **_SAFE)
-    if not recipe:
-        return loaded
-    from llmrec_lib.language_models.compress import compress
+    model, tokenizer = model.eval(), transformers.AutoTokenizer.from_pretrained(folder, **_SAFE)
+    if recipe:
+        from llmrec_lib.language_models.compress import compress
 
-    model, tokenizer = compress(loaded, recipe)
+        model, tokenizer = compress((model, tokenizer), recipe)
     return model.to(dtype or torch.float32), tokenizer
 
 

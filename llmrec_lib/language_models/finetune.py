@@ -32,7 +32,6 @@ from llmrec_lib.language_models.likelihood import TitleLikelihood, _Tree
 from llmrec_lib.prompts import Template, get_template, item_titles, render
 from llmrec_lib.splits import Split
 
-METHODS = ("full", "lora")
 CHECKPOINT_SECONDS = 60.0  # between checkpoints; more where writing one would take over 5 % of the time
 HEAD_ROWS = 512  # predictions per product with the output embedding, which bounds the memory of the logits
 WEIGHT_DECAY, CLIP, WARM_UP = 0.01, 1.0, 0.1
@@ -148,8 +147,8 @@ def finetune(
         settings[name] = operator.index(settings[name])  # numpy's whole numbers too
         if settings[name] < smallest:
             raise ValueError(f"{name} is {settings[name]}; it must be {smallest} or more")
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} must be one of {', '.join(map(repr, METHODS))}")
+    if method not in ("full", "lora"):
+        raise ValueError(f"method {method!r} must be one of 'full', 'lora'")
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"learning_rate is {learning_rate}; it must be more than 0")
     template = get_template(template)
