@@ -55,8 +55,8 @@ def causal_body(model: nn.Module, pretrained: bool = True) -> tuple[nn.Module, f
             raise ValueError(f"{type(model).__name__} sees later positions; a causal language model is needed")
         if pretrained:
             weights = source.state_dict()
-            if missing := [name for name in body.state_dict() if name not in weights]:
-                raise ValueError(f"the model's body lacks {missing[0]}; merge adapters into its weights first")
+            if other := sorted(body.state_dict().keys() ^ weights.keys()):
+                raise ValueError(f"{other[0]} is not of a plain model: merge adapters before training, quantise after it")
             body.load_state_dict(weights)
         tokens = body.get_input_embeddings()
         length = tokens(torch.arange(tokens.weight.shape[0])).norm(dim=1).mean().item()

@@ -12,10 +12,10 @@ from llmrec_lib.baselines import train
 from llmrec_lib.evaluation import evaluate
 from llmrec_lib.language_models import backbone
 from llmrec_lib.language_models.backbone import DEFAULTS, causal_body, train_backbone
-from llmrec_lib.language_models.compress import keep_layers
+from llmrec_lib.language_models.compress import compress, keep_layers
 from llmrec_lib.language_models.low_rank import LowRank, add_low_rank
 from tests.contract.test_recommenders import item_embeddings
-from tests.unit.tiny_models import tiny_bert, tiny_llama
+from tests.unit.tiny_models import tiny_bert, tiny_llama, tiny_tokenizer
 
 USERS = torch.tensor([5, 1, 24, 2])
 
@@ -251,5 +251,7 @@ def test_wrong_models_are_refused():
         causal_body(tiny_bert())
     adapted = tiny_llama()
     add_low_rank(adapted.base_model, 2)
-    with pytest.raises(ValueError, match=r"lacks layers.0.*merge adapters"):
-        causal_body(adapted)
+    integers, _ = compress((tiny_llama(), tiny_tokenizer()), "int8")
+    for model in (adapted, integers):
+        with pytest.raises(ValueError, match=r"layers.0.* is not of a plain model: merge adapters before .*quantise after"):
+            causal_body(model)
