@@ -29,7 +29,7 @@ def evaluations(folder: Path) -> dict[tuple[str, str], list[Evaluation]]:
 
 
 def recomputed(table: pd.DataFrame, runs: dict[tuple[str, str], list[Evaluation]]) -> pd.DataFrame:
-    """The same rows in the same order; Holm's correction over each declared family (by scope or family, where named)."""
+    """The same rows in the same order; Holm's correction over each declared family (by scope, family or use, where named)."""
     rows = []
     for row in table.to_dict("records"):
         own = row.get("protocol")
@@ -38,7 +38,7 @@ def recomputed(table: pd.DataFrame, runs: dict[tuple[str, str], list[Evaluation]
             raise SystemExit(f"per_user.parquet has no values of {missing[0]!r} under {protocol or 'any protocol'}")
         rows.append(compare(runs[protocol, row["a"]], runs[protocol, row["b"]], row["metric"]))
     again = pd.DataFrame(rows, index=table.index)
-    split_by = next((column for column in ("scope", "family") if column in table), None)
+    split_by = next((column for column in ("scope", "family", "use") if column in table), None)
     families = table.groupby(split_by).groups.values() if split_by else [table.index]
     for family in families:
         again.loc[family, "p_holm"] = multipletests(again.loc[family, "p"], method="holm")[1]
