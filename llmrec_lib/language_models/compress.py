@@ -87,10 +87,10 @@ def layer_influence(model: nn.Module, tokens: Sequence[Sequence[int]]) -> Tensor
 
 
 def feature_importance(model: nn.Module, tokens: Sequence[Sequence[int]], matrices: Iterable[nn.Linear]) -> Tensor:
-    """Importance of each input of Linear layers of one shape, float64 [layers, inputs]: mean |input| · norm of its column.
+    """Importance of each input of Linear layers of one shape, float64 [layers, inputs]: its mean size · norm of its column.
 
     Source: in the manner of Sun et al. 2024, "A Simple and Effective Pruning Approach for Large Language Models" (Wanda),
-    whose score of a weight, |weight| · norm of its input, is taken of a whole column here.
+    whose score of a weight, its size · norm of its input, is taken of a whole column here.
     """
     inputs = _mean_of(lambda x, _: x.abs(), model, tokens, matrices)
     return inputs * torch.stack([part.weight.detach().double().norm(dim=0) for part in matrices])
