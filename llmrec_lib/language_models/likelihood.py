@@ -250,7 +250,7 @@ class TitleLikelihood:
             found = self._tree_scores(prompt, _Tree(titles))
         except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
             return False
-        rounded = self.dtype != torch.float32 or any(buffer.dtype == torch.int8 for buffer in self.model.buffers())
+        rounded = self.dtype != torch.float32 or any(part.dtype == torch.int8 for part in self.model.buffers())
         tolerance = 0.3 if rounded else 0.02
         return bool((found - right).abs().max() <= tolerance * (wrong - right).abs().max())
 
