@@ -56,9 +56,7 @@ def causal_body(model: nn.Module, pretrained: bool = True) -> tuple[nn.Module, f
         if pretrained:
             weights = source.state_dict()
             if other := sorted(body.state_dict().keys() ^ weights.keys()):
-                raise ValueError(
-                    f"{other[0]} is not of a plain model: merge adapters before training, quantise after it"
-                )
+                raise ValueError(f"{other[0]} is not of a plain model: merge adapters first, quantise after training")
             body.load_state_dict(weights)
         tokens = body.get_input_embeddings()
         length = tokens(torch.arange(tokens.weight.shape[0])).norm(dim=1).mean().item()

@@ -253,5 +253,7 @@ def test_wrong_models_are_refused():
     add_low_rank(adapted.base_model, 2)
     integers, _ = compress((tiny_llama(), tiny_tokenizer()), "int8")
     for model in (adapted, integers):
-        with pytest.raises(ValueError, match=r"layers.0.* is not of a plain model: merge adapters before .*quantise after"):
+        with pytest.raises(
+            ValueError, match=r"layers.0.* is not of a plain model: merge adapters first, quantise after"
+        ):
             causal_body(model)
