@@ -203,3 +203,19 @@ def test_the_figure_in_the_readme_is_the_published_one():
     assert image.read_bytes() == executed_runs.figure_png(json.loads(chapter.read_text()), "gain_figure"), (
         "write it anew: python book/_ext/executed_runs.py"
     )
+
+
+def test_nothing_published_names_a_folder_of_a_machine():
+    texts = {
+        path: path.read_text() for suffix in ("csv", "json") for path in (ROOT / "results").glob(f"*/*/*.{suffix}")
+    }
+    for path in (ROOT / "book/executed").glob("*.ipynb"):
+        notebook = json.loads(path.read_text())
+        for cell in notebook["cells"]:
+            for output in cell.get("outputs", []):
+                output.get("data", {}).pop("image/png", None)
+                output.get("data", {}).pop("application/papermill.record/image/png", None)
+        texts[path] = json.dumps(notebook)
+    assert len(texts) > 20
+    for path, text in texts.items():
+        assert not re.search(r"(?<![\w./])/(tmp|home|root|work|Users|mnt)/\w", text), path
