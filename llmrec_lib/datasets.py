@@ -381,9 +381,7 @@ def _download(name: str, url: str) -> Path:
             _extract(archive, folder, name)
         except (OSError, zipfile.BadZipFile, DataError) as error:  # OSError: no network, time-out, HTTP status
             failed = f"data set {name!r} could not be downloaded from {url} ({error})"
-            remedy = (
-                f"download it elsewhere, unpack it as {name}/{name}.inter (.item, .user), give the folder as data_dir"
-            )
+            remedy = f"fetch it elsewhere, unpack it as {name}/{name}.inter (.item, .user), give the folder as data_dir"
             raise DataNotFoundError(f"{failed}; {remedy}") from error
         os.replace(folder, target)
     return target

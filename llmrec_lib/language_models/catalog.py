@@ -90,8 +90,8 @@ def name_hash(name: str) -> str:
     """Hash of everything that decides the outputs of a model asked for by name, its recipe included."""
     from llmrec_lib.language_models import compress
 
-    recipe = split_name(name)[1]
-    return content_key(model_hash(fetch(name)), recipe, compress) if recipe else model_hash(fetch(name))
+    plain, recipe = model_hash(fetch(name)), split_name(name)[1]
+    return content_key(plain, recipe, compress, compress.CALIBRATION) if recipe else plain
 
 
 def list_models() -> pd.DataFrame:
@@ -144,7 +144,7 @@ def _load(kind: str, name: str, dtype: torch.dtype | None) -> LanguageModel:
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} does not hold the whole model that its config.json describes: {error}") from error
     lacking = [key for key in {*report["missing_keys"], *map(str, report["mismatched_keys"])} if "pooler" not in key]
-    if lacking:  # transformers would go on with random weights
+    if lacking:  # transformers would go on with random weights; a BERT's pooler is often left out, and never read here
         raise ValueError(f"{folder} lacks {len(lacking)} weights of the model in its config.json: {lacking[0]}")
     model, tokenizer = model.eval(), transformers.AutoTokenizer.from_pretrained(folder, **_SAFE)
     if recipe:

@@ -173,7 +173,7 @@ def compress(llm: catalog.LanguageModel, recipe: str, texts: Sequence[str] = CAL
             layers = transformer_layers(model)
             for name, part in [*layers.named_modules()]:
                 if isinstance(part, nn.Linear) and step == "magnitude":
-                    prune.remove(prune.l1_unstructured(part, "weight", min(number, 100) / 100), "weight")
+                    prune.remove(prune.l1_unstructured(part, "weight", number / 100), "weight")
                 elif isinstance(part, nn.Linear):
                     layers.set_submodule(name, QuantisedLinear(part, round_inputs=step == "int8"))
     return model, tokenizer

@@ -48,7 +48,9 @@ def stand_in(name):
         outputs += [glue_output(key, {"text/plain": repr(value)}) for key, value in GLUED.items()]
         image = {"image/png": PNG, "text/plain": "<Figure size 1x1 with 1 Axes>"}
         outputs += [glue_output(name, image) for name in ("gain_figure", "map_figure", "lm_gain_figure")]
-    if name in ("07_augmentation", "08_compression"):
+    if name == "07_augmentation":
+        outputs += [glue_output("verdict", {"text/plain": repr(VERDICT)})]
+    if name == "08_compression":
         outputs += [glue_output("verdict", {"text/plain": repr(VERDICT)})]
         outputs += [glue_output("frontier_figure", {"image/png": PNG, "text/plain": "<Figure size 1x1 with 1 Axes>"})]
     if name == "09_cold_start":

@@ -291,6 +291,7 @@ def test_rows_are_rounded_each_by_itself(vnni, monkeypatch):
         ("int8+heads2", "is no recipe.*end, if you like, with int8"),
         ("int8+int8", "is no recipe"),
         ("neurons101", "65 cannot be kept"),
+        ("magnitude101", r"amount=1.01 should either be a float in the range \[0, 1\]"),
         ("heads3", "3 cannot be kept; LlamaForCausalLM has 4 heads per layer, 2 of them share keys and values"),
         ("heads6", "has 4 heads per layer"),
         ("layers3", "LlamaForCausalLM has 2, numbered from 0"),
