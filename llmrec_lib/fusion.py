@@ -264,10 +264,8 @@ def user_gates(split: Split, phase: str) -> FloatTensor:
 
 def _standardised(columns: np.ndarray) -> FloatTensor:
     """Mean 0 and deviation 1 over all rows but PAD's; a column without spread becomes 0."""
-    deviation = columns[1:].std(axis=0)
-    return torch.from_numpy(
-        (columns - columns[1:].mean(axis=0)) / np.where(deviation > 1e-9, deviation, np.inf)
-    ).float()
+    mean, deviation = columns[1:].mean(axis=0), columns[1:].std(axis=0)
+    return torch.from_numpy((columns - mean) / np.where(deviation > 1e-9, deviation, np.inf)).float()
 
 
 class SequentialFusion(_Fusion):
@@ -350,11 +348,7 @@ def retrieval_ceiling(
 
 
 def tune(
-    build: Callable[[float], Recommender],
-    values: Sequence[float],
-    split: Split,
-    metric: str = "ndcg@10",
-    users: Sequence[int] | None = None,
+    build: Callable[[float], Recommender], values: Sequence[float], split: Split, users: Sequence[int] | None = None
 ) -> tuple[float, pd.DataFrame]:
     """Choose one value (a weight, a depth) on validation, never on test.
 
@@ -366,11 +360,11 @@ def tune(
     Returns
     -------
     best, table
-        The chosen value; ``value`` and `metric` of every candidate.
+        The chosen value; ``value`` and NDCG@10 of every candidate.
     """
-    rows = [(value, evaluate(build(value), split, "valid", users=users).mean(metric)) for value in values]
-    table = pd.DataFrame(rows, columns=["value", metric])
-    return values[int(table[metric].to_numpy().argmax())], table
+    rows = [(value, evaluate(build(value), split, "valid", users=users).mean()) for value in values]
+    table = pd.DataFrame(rows, columns=["value", "ndcg@10"])
+    return values[int(table["ndcg@10"].to_numpy().argmax())], table
 
 
 def search(

@@ -77,13 +77,8 @@ class TitleLikelihoodRecommender(Recommender):
         if len(likelihood.titles) != split.dataset.n_items - 1:
             raise ValueError(f"likelihood has {len(likelihood.titles)} titles for {split.dataset.n_items - 1} items")
         super().__init__(split, name or f"likelihood ({rule}{', catalogue' if over == 'catalogue' else ''})")
-        self.likelihood = likelihood
-        self.template = template
-        self.rule = rule
-        self.prior_weight = prior_weight
-        self.over = over
-        self.needs = needs
-        self.progress = progress
+        self.likelihood, self.template, self.needs, self.progress = likelihood, template, needs, progress
+        self.rule, self.prior_weight, self.over = rule, prior_weight, over
 
     def score(self, users: LongTensor) -> FloatTensor:
         need = self.needs.texts(users, self.phase) if self.needs else ""
@@ -124,6 +119,5 @@ def finetune_shortened(
         return evaluate(arm, split, "valid", users=split.eval_users("valid", valid_users), ks=[10]).mean("ndcg@10")
 
     prompts = user_prompts(split, split.eval_users("valid", 20), "valid", template)
-    shortened, _ = shorten(llm, prompts, n_layers)
     watched = {"valid_users": valid_users, "validate": ndcg}
-    return finetune(split, shortened, template=template, titles=titles, **watched, **options)
+    return finetune(split, shorten(llm, prompts, n_layers)[0], template=template, titles=titles, **watched, **options)

@@ -152,10 +152,12 @@ class UserTextRecommender(Recommender):
         name: str = "user text",
     ) -> None:
         super().__init__(split, name)
-        self.user_embeddings = user_embeddings
+        self.user_embeddings, self.n_candidates, self.popularity_weight = (
+            user_embeddings,
+            n_candidates,
+            popularity_weight,
+        )
         self.item_embeddings = torch.nn.functional.normalize(item_embeddings.float(), dim=1)
-        self.n_candidates = n_candidates
-        self.popularity_weight = popularity_weight
         self._popularity = torch.from_numpy(np.log1p(split.item_counts)).float()
 
     def score(self, users: LongTensor) -> FloatTensor:
@@ -178,8 +180,7 @@ class NeedFilter(Recommender):
 
     def __init__(self, recommender: Recommender, needs: StatedNeeds, name: str | None = None) -> None:
         super().__init__(recommender.split, name or f"{recommender.name} | need")
-        self.recommender = recommender
-        self.needs = needs
+        self.recommender, self.needs = recommender, needs
 
     def score(self, users: LongTensor) -> FloatTensor:
         scores = self.recommender.at(self.phase).score(users)

@@ -161,8 +161,7 @@ def evaluate(
         who = "some users have nothing" if len(users) else "no users"
         raise ValueError(f"{who} to judge at phase {phase!r}: take users from split.eval_users({phase!r})")
     if phase == "test":
-        look = split.fingerprint, method, seed
-        configuration = recommender.describe()
+        look, configuration = (split.fingerprint, method, seed), recommender.describe()
         _check_first_look(look, configuration)
     k = max(ks)
     if k >= n_items:

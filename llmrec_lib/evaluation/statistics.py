@@ -29,16 +29,15 @@ def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 2 or np.ptp(values) == 0:
         return float(values.mean()), float(values.mean())
-    result = stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=N_RESAMPLES,
-        confidence_level=level,
-        method="percentile",
-        batch=max(1, 5_000_000 // len(values)),
-        rng=np.random.default_rng(0),
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    how = {"confidence_level": level, "method": "percentile", **_resampling(values)}
+    found = stats.bootstrap((values,), np.mean, **how).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def _resampling(values: np.ndarray) -> dict:
+    """Number of resamples, a fixed seed, and how many are made at once, so that memory stays bounded."""
+    batch = max(1, 5_000_000 // len(values))
+    return {"n_resamples": N_RESAMPLES, "batch": batch, "rng": np.random.default_rng(0)}
 
 
 def with_intervals(runs: Mapping[str, Runs], metric: str = "ndcg@10") -> pd.DataFrame:
@@ -81,19 +80,13 @@ def compare(a: Runs, b: Runs, metric: str = "ndcg@10") -> dict[str, float | str 
     difference = values[:, 0] - values[:, 1]
     low, high = interval(difference)
     deviation = difference.std(ddof=1) if len(difference) > 1 else 0.0
+    gain, (mean_a, mean_b) = difference.mean(), values.mean(axis=0)
     return {
-        "a": first.method,
-        "b": second.method,
-        "metric": metric,
-        "n_users": len(values),
-        "mean_a": values[:, 0].mean(),
-        "mean_b": values[:, 1].mean(),
-        "difference": difference.mean(),
-        "low": low,
-        "high": high,
-        "relative": difference.mean() / values[:, 1].mean() if values[:, 1].mean() else np.nan,
+        **{"a": first.method, "b": second.method, "metric": metric, "n_users": len(values)},
+        **{"mean_a": mean_a, "mean_b": mean_b, "difference": gain, "low": low, "high": high},
+        "relative": gain / mean_b if mean_b else np.nan,
         "p": _sign_flip_p(difference),
-        "effect": difference.mean() / deviation if deviation else 0.0,
+        "effect": gain / deviation if deviation else 0.0,
     }
 
 
@@ -101,15 +94,7 @@ def _sign_flip_p(difference: np.ndarray) -> float:
     nonzero = difference[np.abs(difference) > 1e-7]  # less is rounding; and a flipped zero changes nothing
     if len(nonzero) < 2:
         return 1.0
-    result = stats.permutation_test(
-        (nonzero,),
-        np.sum,
-        permutation_type="samples",
-        n_resamples=N_RESAMPLES,
-        batch=max(1, 5_000_000 // len(nonzero)),
-        rng=np.random.default_rng(0),
-    )
-    return float(result.pvalue)
+    return float(stats.permutation_test((nonzero,), np.sum, permutation_type="samples", **_resampling(nonzero)).pvalue)
 
 
 def compare_many(

@@ -68,10 +68,9 @@ def fetch(name: str) -> Path:
     if Path(name).is_dir():
         _check_folder(Path(name))
         return Path(name)
-    raise ValueError(
-        f"model {name!r} is unknown: give one of {', '.join(CATALOG)}, a local folder, or a hub name with its revision, "
-        "organisation/model@ and the 40 hexadecimal digits of a commit, because a branch can change under a study"
-    )
+    pinned = "organisation/model@ and the 40 hexadecimal digits of a commit, because a branch can change under a study"
+    known = f"{', '.join(CATALOG)}, a local folder, or a hub name with its revision, {pinned}"
+    raise ValueError(f"model {name!r} is unknown: give one of {known}")
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -136,20 +135,23 @@ def _load(kind: str, name: str, dtype: torch.dtype | None) -> LanguageModel:
     import transformers
     from safetensors import SafetensorError
 
+    from llmrec_lib.language_models.compress import compress  # also teaches transformers to read what it wrote
+
     transformers.utils.logging.disable_progress_bar()  # loads take a second, and bars end up in notebooks
     folder, (_, recipe) = fetch(name), split_name(name)
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **_SAFE}
     try:
         model, report = getattr(transformers, kind).from_pretrained(folder, **options)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError, LookupError, ValueError, ImportError) as error:
         raise ValueError(f"{folder} does not hold the whole model that its config.json describes: {error}") from error
+    # A BERT's pooler is often left out, and never read here.
     lacking = [key for key in {*report["missing_keys"], *map(str, report["mismatched_keys"])} if "pooler" not in key]
-    if lacking:  # transformers would go on with random weights; a BERT's pooler is often left out, and never read here
-        raise ValueError(f"{folder} lacks {len(lacking)} weights of the model in its config.json: {lacking[0]}")
+    foreign = [key for key in report["unexpected_keys"] if f"{key.rpartition('.')[0]}.weight" in model.state_dict()]
+    if lacking or foreign:  # transformers would go on: with random weights, or with integers that lost their scales
+        found = f"lacks {len(lacking)} weights" if lacking else f"holds {len(foreign)} weights too many"
+        raise ValueError(f"{folder} {found} of the model in its config.json: {min(lacking or foreign)}")
     model, tokenizer = model.eval(), transformers.AutoTokenizer.from_pretrained(folder, **_SAFE)
     if recipe:
-        from llmrec_lib.language_models.compress import compress
-
         model, tokenizer = compress((model, tokenizer), recipe)
     return model.to(dtype or torch.float32), tokenizer
 
@@ -229,9 +231,8 @@ def _from_hub(name: str, work: Path) -> Path:
     try:
         snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES, local_dir=folder, endpoint=endpoint)
     except OSError as error:  # the hub's own errors and those of the network
-        raise RuntimeError(
-            f"could not download {name}: {error}. Offline? Fetch it elsewhere and give the folder"
-        ) from error
+        hint = "Offline? Fetch it elsewhere and give the folder"
+        raise RuntimeError(f"could not download {name}: {error}. {hint}") from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # where the hub's client keeps its own records
     _check_folder(folder)
     return folder

@@ -6,13 +6,17 @@ A recipe says in one line what is done, from left to right, such as ``"layers12+
 - ``headsN``: the N most important attention heads of every layer, whole groups where heads share keys and values;
 - ``neuronsP``: the P percent most important neurons of every feed-forward block;
 - ``magnitudeP``: the smallest P percent of each matrix become zeros, which by itself saves neither time nor memory;
-- ``int8``: matrices are kept and multiplied as 8-bit integers; ``int8-weights``: only kept so, see `QuantisedLinear`.
+- ``int8``: matrices are kept and multiplied as 8-bit integers; ``int8-weights``, ``int4-weights``: only kept as integers,
+  see `QuantisedLinear`.
 
 Embeddings, norms and the output head stay as they are. After a name and @ a recipe is part of the name, ``minilm@int8``,
-wherever an encoder or language model is asked for.
+wherever an encoder or language model is asked for. What came out is saved by ``save_pretrained``, integers as integers, and
+its folder is the name of a model like any other.
 """
 
+import contextlib
 import copy
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,10 +26,14 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, linear
 from torch.nn.utils import prune
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmrec_lib.language_models import catalog
 
-STEP = re.compile(r"(layers|heads|neurons|magnitude)([1-9]\d*)|(int8|int8-weights)")
+INTEGERS = ("int8", "int8-weights", "int4-weights")
+GROUP = 32  # weights of a row that share a scale where they have 4 bits
+STEP = re.compile(rf"(layers|heads|neurons|magnitude)([1-9]\d*)|({'|'.join(INTEGERS)})")
 CALIBRATION = yaml.safe_load(Path(__file__).with_name("compress.yaml").read_text(encoding="utf-8"))
 
 
@@ -52,9 +60,8 @@ def keep_layers(model: nn.Module, layers: Sequence[int]) -> nn.Module:
     n_layers = len(transformer_layers(model))
     kept = sorted(layers)
     if not kept or len(set(kept)) < len(kept) or not 0 <= kept[0] <= kept[-1] < n_layers:
-        raise ValueError(
-            f"layers is {[*layers]}; {type(model).__name__} has {n_layers}, numbered from 0: keep one or more"
-        )
+        there = f"{type(model).__name__} has {n_layers}, numbered from 0"
+        raise ValueError(f"layers is {[*layers]}; {there}: keep one or more")
     model = copy.deepcopy(model)
     own = transformer_layers(model)
     chosen = [own[place] for place in kept]
@@ -105,13 +112,11 @@ def _mean_of(what: Callable, model: nn.Module, tokens: Sequence[Sequence[int]], 
         output = output[0] if isinstance(output, tuple) else output
         seen[module].append(what(inputs[0].double(), output.double())[0])
 
-    hooks = [module.register_forward_hook(note) for module in seen]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in seen:
+            hooks.enter_context(module.register_forward_hook(note))
         for ids in tokens:
             model.base_model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return torch.stack([torch.cat(values).mean(0) for values in seen.values()])
 
 
@@ -137,9 +142,9 @@ def parse(recipe: str) -> list[tuple[str, int]]:
     """The steps of a recipe, each with its number (0 where it has none). Raises ValueError for what is no recipe."""
     found = [STEP.fullmatch(step) for step in recipe.split("+")]
     if not all(found) or any(step[3] for step in found[:-1]):
+        steps = "layersN, headsN, neuronsP, magnitudeP (N: how many are kept, P: percent)"
         raise ValueError(
-            f"{recipe!r} is no recipe: join layersN, headsN, neuronsP, magnitudeP (N: how many are kept, P: percent) with +, "
-            "and end, if you like, with int8 or int8-weights"
+            f"{recipe!r} is no recipe: join {steps} with +, and end, if you like, with {' or '.join(INTEGERS)}"
         )
     return [(step[1] or step[3], int(step[2] or 0)) for step in found]
 
@@ -148,8 +153,8 @@ def compress(llm: catalog.LanguageModel, recipe: str, texts: Sequence[str] = CAL
     """A smaller copy of a loaded model, made by a recipe (see the top of this file), and its tokenizer.
 
     What is pruned is a plain model of transformers again: fine-tune it, ``save_pretrained`` it, give the folder as a name.
-    (Heads of a model whose configuration has no head_dim, as BERT's, cannot be told there: ``minilm@heads6`` prunes them
-    when it is loaded.) Integers are the last step, after training.
+    Integers are the last step, after training. What a plain configuration cannot tell (integers, and heads where it has no
+    head_dim, as BERT's) is written to config.json as a `Compressed`, and read back by this library.
 
     Parameters
     ----------
@@ -158,25 +163,68 @@ def compress(llm: catalog.LanguageModel, recipe: str, texts: Sequence[str] = CAL
     Raises
     ------
     ValueError
-        Not a recipe; more layers, heads or neurons than there are, or no whole groups of heads; a model of another build.
+        Not a recipe; more layers, heads or neurons than there are, or no whole groups of heads; a model of another build, or
+        of integers already.
     """
     model, tokenizer = copy.deepcopy(llm[0]).eval(), llm[1]
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tokens = [ids[:longest] for ids in tokenizer(list(texts))["input_ids"]]
-    for step, number in parse(recipe):
+    config, steps = model.config.get_text_config(), parse(recipe)
+    if getattr(getattr(model.config, "quantization_config", None), "integers", ""):
+        raise ValueError(
+            f"{recipe}: the matrices of this {type(model).__name__} are integers already; start from floats"
+        )
+    tokens = [ids[: getattr(config, "max_position_embeddings", None)] for ids in tokenizer(list(texts))["input_ids"]]
+    for step, number in steps:
         if step == "layers":
             order = layer_influence(model, tokens).argsort(descending=True).tolist()
             model = keep_layers(model, order[:number] if number <= len(order) else range(number))
         elif step in ("heads", "neurons"):
             _prune_features(model, tokens, step, number)
-        else:
-            layers = transformer_layers(model)
-            for name, part in [*layers.named_modules()]:
-                if isinstance(part, nn.Linear) and step == "magnitude":
-                    prune.remove(prune.l1_unstructured(part, "weight", number / 100), "weight")
-                elif isinstance(part, nn.Linear):
-                    layers.set_submodule(name, QuantisedLinear(part, round_inputs=step == "int8"))
+        elif step == "magnitude":
+            for part in _matrices(model).values():
+                prune.remove(prune.l1_unstructured(part, "weight", number / 100), "weight")
+    integers, told = steps[-1][0] if steps[-1][0] in INTEGERS else "", getattr(config, "head_dim", None)
+    if integers or hasattr(model.config, "quantization_config") or "heads" in dict(steps) and not told:
+        shapes = {name: [*part.weight.shape] for name, part in _matrices(model).items()}
+        model.config.quantization_config = Compressed(integers, shapes)
+        model.hf_quantizer = _Reader(model.config.quantization_config)
+        _quantise(model, integers)
     return model, tokenizer
+
+
+def _matrices(model: nn.Module) -> dict[str, nn.Linear]:
+    """The Linear layers of the Transformer layers, by their names there."""
+    return {name: part for name, part in transformer_layers(model).named_modules() if isinstance(part, nn.Linear)}
+
+
+def _quantise(model: nn.Module, integers: str) -> None:
+    for name, part in _matrices(model).items() if integers else ():
+        transformer_layers(model).set_submodule(name, QuantisedLinear(part, integers))
+
+
+@register_quantization_config("llmrec")
+class Compressed(QuantizationConfigMixin):
+    """What ``config.json`` tells of a compressed model: which integers (one of `INTEGERS`, or ""), shapes of matrices."""
+
+    def __init__(self, integers: str, shapes: dict[str, list[int]], **_: str) -> None:
+        if integers not in ("", *INTEGERS):
+            raise ValueError(f"integers {integers!r} must be one of {', '.join(INTEGERS)}")
+        self.quant_method, self.integers, self.shapes = "llmrec", integers, shapes
+
+
+@register_quantizer("llmrec")
+class _Reader(HfQuantizer):
+    """Makes the modules of a compressed model before transformers reads its weights."""
+
+    is_trainable = False
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: object) -> None:
+        for name, part in _matrices(model).items():
+            weight = torch.empty(self.quantization_config.shapes[name], device="meta")
+            _resize(part, weight, part.bias if part.bias is None else weight[:, 0])
+        _quantise(model, self.quantization_config.integers)
 
 
 def _prune_features(model: nn.Module, tokens: Sequence[Sequence[int]], step: str, number: int) -> None:
@@ -222,25 +270,37 @@ def _resize(part: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
 
 
 class QuantisedLinear(nn.Module):
-    """A Linear layer whose weights are kept as int8, with one float32 scale for each output: a quarter of the memory.
+    """A Linear layer whose weights are kept as integers, a quarter or an eighth of the memory.
 
-    With `round_inputs` each row that comes in is rounded to 8 bits as well, by its own largest value, so that no row depends
-    on the rest of the batch, and the product is one of integers, where the processor has instructions for it (VNNI).
-    Without, float weights are made again at each call: less memory, more time. There are no gradients for the weights.
+    "int8": one float32 scale for each output; each row that comes in is rounded to 8 bits as well, by its own largest value,
+    so that no row depends on the rest of the batch, and the product is one of integers, where the processor has instructions
+    for it (VNNI). "int8-weights": float weights are made again at each call: less memory, more time. "int4-weights": the
+    same with two weights in a byte and a scale for every `GROUP` of a row. There are no gradients for the weights.
     """
 
-    def __init__(self, plain: nn.Linear, round_inputs: bool) -> None:
+    def __init__(self, plain: nn.Linear, integers: str) -> None:
         super().__init__()
-        weight = plain.weight.detach().float()
-        scale = weight.abs().amax(1).clamp_min(1e-12) / 127
-        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale)
+        self.integers, self.shape = integers, plain.weight.shape
+        size, limit = (math.gcd(GROUP, self.shape[1]), 7) if "4" in integers else (self.shape[1], 127)
+        groups = plain.weight.detach().float().unflatten(1, (-1, size))
+        scale = groups.abs().amax(2).clamp_min(1e-12) / limit
+        weight = (groups / scale[:, :, None]).round().to(torch.int8).flatten(1)
+        if "4" in integers:
+            low, high = nn.functional.pad(weight.flatten(), (0, weight.numel() % 2)).view(-1, 2).T
+            weight = high << 4 | low & 15
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)  # [outputs, groups]
         self.bias = None if plain.bias is None else nn.Parameter(plain.bias.detach().clone(), requires_grad=False)
-        self.round_inputs = round_inputs
+
+    def _floats(self) -> Tensor:
+        weight = self.weight
+        if "4" in self.integers:
+            weight = torch.stack([weight << 4 >> 4, weight >> 4], 1).flatten()[: self.shape.numel()].view(self.shape)
+        return (weight.unflatten(1, (self.scale.shape[1], -1)) * self.scale[:, :, None]).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.round_inputs or x.requires_grad:
-            return linear(x, (self.weight * self.scale[:, None]).to(x.dtype), self.bias)
+        if self.integers != "int8" or x.requires_grad:
+            return linear(x, self._floats().to(x.dtype), self.bias)
         rows = x.flatten(0, -2).float()
         step = rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
         whole = (rows / step).round_()
@@ -248,7 +308,7 @@ class QuantisedLinear(nn.Module):
             sums = torch._int_mm(whole.char(), self.weight.T).float()
         else:
             sums = linear(whole, self.weight.float())
-        products = (sums * self.scale).mul_(step)
+        products = (sums * self.scale.T).mul_(step)
         products = products if self.bias is None else products.add_(self.bias)
         return products.to(x.dtype).unflatten(0, x.shape[:-1])
 

@@ -1,6 +1,7 @@
 """Layers that are kept compute what they computed before; influence is what the paper's equation says."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -240,15 +241,16 @@ def test_layers_of_an_encoder():
 
 
 @pytest.mark.parametrize("kind", TINY)
-@pytest.mark.parametrize("recipe", ["int8", "int8-weights"])
-def test_integers_are_close_and_small(kind, recipe):
+@pytest.mark.parametrize(("recipe", "least"), [("int8", 0.999), ("int8-weights", 0.999), ("int4-weights", 0.85)])
+def test_integers_are_close_and_small(kind, recipe, least):
     model = TINY[kind]()
     small = smaller(model, recipe)
     cosine = torch.nn.functional.cosine_similarity(run(model), run(small), dim=-1)
-    assert 0.999 < cosine.mean() < 1 - 1e-7
+    assert least < cosine.mean() < 1 - 1e-7
     linears = [part for part in transformer_layers(model).modules() if isinstance(part, torch.nn.Linear)]
     n_outputs, n_weights = sum(part.out_features for part in linears), sum(part.weight.numel() for part in linears)
-    assert compress.size(model)["bytes"] - compress.size(small)["bytes"] == 3 * n_weights - 4 * n_outputs
+    saved = 3.5 * n_weights - 4 * n_weights / 32 if "4" in recipe else 3 * n_weights - 4 * n_outputs
+    assert compress.size(model)["bytes"] - compress.size(small)["bytes"] == saved
     # Copies, state dicts and `to` keep integers and scales.
     assert torch.equal(run(copy.deepcopy(small)), run(small))
     other = smaller(TINY[kind](seed=1), recipe)
@@ -268,17 +270,34 @@ def test_rows_are_rounded_each_by_itself(vnni, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     torch.manual_seed(0)
     plain, rows = torch.nn.Linear(64, 32), torch.randn(3, 5, 64)
-    part = compress.QuantisedLinear(plain, round_inputs=True)
+    part = compress.QuantisedLinear(plain, "int8")
     with torch.no_grad():
         together = part(rows)
         single = torch.stack([part(row[None])[0] for row in rows.flatten(0, 1)]).view(3, 5, 32)
         assert torch.allclose(together, single, atol=1e-6)  # nothing of the rest of the batch
         assert part(torch.zeros(1, 64)).allclose(part.bias)
     # The definition: integers times integers, then the scales.
-    weight, step = part.weight.double() * part.scale.double()[:, None], rows.double().abs().amax(-1, keepdim=True) / 127
+    weight, step = part.weight.double() * part.scale.double(), rows.double().abs().amax(-1, keepdim=True) / 127
     expected = (rows.double() / step).round() * step @ weight.T + part.bias.double()
     assert torch.allclose(together.double(), expected, atol=1e-5)
     assert 0 < (together - plain(rows)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("n_inputs", [64, 48, 7])
+def test_four_bits_are_packed_without_loss(n_inputs):
+    """Two weights in a byte, a scale for every 32 (or what they can be divided into): read back, each within half a step."""
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(n_inputs, 5)
+    part = compress.QuantisedLinear(plain, "int4-weights")
+    with torch.no_grad():
+        weight = part(torch.eye(n_inputs)).sub(part.bias).T
+    groups = {64: 2, 48: 3, 7: 7}[n_inputs]
+    assert part.scale.shape == (5, groups) and part.weight.numel() == -(-5 * n_inputs // 2)
+    blocks = plain.weight.detach().unflatten(1, (groups, -1))
+    assert torch.allclose(blocks.abs().amax(2) / 7, part.scale)
+    steps = weight.unflatten(1, (groups, -1)) / part.scale[:, :, None]
+    assert torch.allclose(steps, steps.round(), atol=1e-3) and steps.abs().max() < 7.001
+    assert ((blocks / part.scale[:, :, None] - steps).abs() <= 0.501).all()
 
 
 @pytest.mark.parametrize(
@@ -318,6 +337,47 @@ def test_what_is_pruned_is_saved_and_read_as_any_model(tmp_path):
         assert torch.equal(integers(IDS).logits, smaller(model, "int8")(IDS).logits)
 
 
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize(
+    "recipe", ["heads2", "int8", "int8-weights", "int4-weights", "layers1+heads2+int8", "heads2+layers1+int4-weights"]
+)
+def test_what_no_configuration_tells_is_saved_too(kind, recipe, tmp_path):
+    load = {"llama": catalog.load_causal, "bert": catalog.load_encoder}[kind]
+    model, tokenizer = compress.compress((TINY[kind](), tiny_tokenizer()), recipe)
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    model.save_pretrained(once)
+    tokenizer.save_pretrained(once)
+    again, _ = load(str(once))
+    assert torch.equal(run(again), run(model))
+    assert compress.size(again) == compress.size(model)
+    stored = (once / "model.safetensors").stat().st_size
+    assert compress.size(model)["bytes"] <= stored < compress.size(model)["bytes"] + 20_000
+    again.save_pretrained(twice)
+    tokenizer.save_pretrained(twice)
+    assert torch.equal(run(load(str(twice))[0]), run(model))
+    if "int" in recipe:
+        with pytest.raises(ValueError, match=f"int8: the matrices of this {type(model).__name__} are integers already"):
+            load(f"{once}@int8")
+    else:
+        assert torch.equal(run(load(f"{once}@int8")[0]), run(smaller(model, "int8")))
+
+
+def test_stored_integers_are_used_by_name(tmp_path, monkeypatch):
+    """A folder of integers as encoder, and as language model by likelihood: the same numbers as before it was saved."""
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path / "cache"))
+    for kind in TINY:
+        small, tokenizer = compress.compress((TINY[kind](), tiny_tokenizer()), "int8")
+        small.save_pretrained(tmp_path / kind)
+        tokenizer.save_pretrained(tmp_path / kind)
+        named, loaded = str(tmp_path / kind), (copy.deepcopy(small), tokenizer)
+        if kind == "bert":
+            vectors = [TextEncoder(m, dtype="float32").encode(["toy story"], progress=False) for m in (named, loaded)]
+        else:
+            titles = ["toy story", "alien"]
+            vectors = [TitleLikelihood(m, titles, dtype="float32").log_likelihood("a user") for m in (named, loaded)]
+        assert torch.equal(*vectors)
+
+
 def test_names(tmp_path):
     tiny_bert().save_pretrained(tmp_path / "a@b")
     tiny_tokenizer().save_pretrained(tmp_path / "a@b")
@@ -338,6 +398,41 @@ def test_names(tmp_path):
     vectors = [encoder.encode(["a toy story", "night"], progress=False) for encoder in encoders]
     assert torch.allclose(vectors[0], vectors[1], atol=0.05) and not torch.equal(vectors[0], vectors[1])
     assert not torch.allclose(vectors[0], vectors[2], atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("no word of it", r"holds \d+ weights too many of the model in its config.json: encoder.layer.0"),
+        (
+            "other integers",
+            "does not hold the whole model.*integers 'int3' must be one of int8, int8-weights, int4-weights",
+        ),
+        ("another library", "does not hold the whole model"),
+        ("no shapes", "does not hold the whole model"),
+        ("other shapes", "does not hold the whole model|lacks [0-9]+ weights"),
+    ],
+)
+def test_damaged_integers(damage, message, tmp_path):
+    small, tokenizer = compress.compress((tiny_bert(), tiny_tokenizer()), "int8")
+    small.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    told = config["quantization_config"]
+    if damage == "no word of it":
+        del config["quantization_config"]
+    elif damage == "other integers":
+        told["integers"] = "int3"
+    elif damage == "another library":
+        config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    elif damage == "no shapes":
+        told["shapes"] = {}
+    else:
+        told["shapes"] = {name: [16, shape[1]] for name, shape in told["shapes"].items()}
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        catalog.load_encoder(str(tmp_path))
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign", "lacking"])

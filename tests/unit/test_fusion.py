@@ -292,14 +292,14 @@ def test_tuning_never_asks_for_test(parts, monkeypatch):
 
     original = type(parts).targets
     monkeypatch.setattr(type(parts), "targets", lambda self, phase: phases.append(phase) or original(self, phase))
-    best, table = tune(build, [0.0, 0.25, 0.75, 1.0], parts, "recall@5")
+    best, table = tune(build, [0.0, 0.25, 0.75, 1.0], parts)
     assert set(phases) == {"valid"}
     assert asked == [0.0, 0.25, 0.75, 1.0]
-    assert table.columns.tolist() == ["value", "recall@5"]
+    assert table.columns.tolist() == ["value", "ndcg@10"]
     assert table["value"].tolist() == asked
-    assert best == 0.25  # the first of the best
-    assert table["recall@5"].tolist()[1:] == [1.0, 1.0, 1.0] and table["recall@5"][0] < 1
-    few, _ = tune(build, [1.0, 0.0], parts, "recall@5", users=[2, 3])
+    assert best == 0.75  # the first of the best
+    assert table["ndcg@10"].tolist()[2:] == [1.0, 1.0] and table["ndcg@10"][:2].max() < 1
+    few, _ = tune(build, [1.0, 0.0], parts, users=[2, 3])
     assert few == 1.0
 
 
