@@ -6,12 +6,13 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks import encoding, evaluation, growth, likelihood, sasrec
+from benchmarks import compression, encoding, evaluation, growth, likelihood, sasrec
 from llmrec_lib.cache import atomic_write
 from llmrec_lib.study.provenance import machine
 
 BENCHMARKS = {
     "catalogue likelihood": likelihood.measure,
+    "compression": compression.measure,
     "encoding": encoding.measure,
     "full-ranking evaluation": evaluation.measure,
     "growth": growth.measure,
