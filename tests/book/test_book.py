@@ -56,6 +56,10 @@ def stand_in(name):
     if name == "09_cold_start":
         outputs += [glue_output("verdict", {"text/plain": repr(VERDICT)})]
         outputs += [glue_output("cold_figure", {"image/png": PNG, "text/plain": "<Figure size 1x1 with 1 Axes>"})]
+    if name in ("10_challenges", "11_conclusions"):
+        outputs += [glue_output("verdict", {"text/plain": repr(VERDICT)})]
+        image = {"image/png": PNG, "text/plain": "<Figure size 1x1 with 1 Axes>"}
+        outputs += [glue_output(name, image) for name in ("attack_figure", "cost_figure", "help_figure")]
     cells = [
         nbformat.v4.new_markdown_cell(f"# {name[3:]}\n\nA formula: $x_i = \\sum_j S_{{ij}}$"),
         nbformat.v4.new_code_cell("print('ran')", execution_count=1, outputs=outputs),
