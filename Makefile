@@ -29,7 +29,7 @@ EXECUTED := $(STUDY)/executed
 RESULTS := $(STUDY)/results
 endif
 
-.PHONY: help setup study book test compare bench lint clean
+.PHONY: help setup study book test compare agree bench lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -60,6 +60,9 @@ test: $(STAMP) ## run all tests
 
 compare: $(STAMP) ## compute every published comparison again from results/*/*/per_user.parquet alone
 	$(PY) book/comparisons.py $(ARGS)
+
+agree: $(STAMP) ## compare the published results with another run's: ARGS="results DIR", where DIR holds DATASET/CHAPTER
+	$(PY) book/two_runs.py $(ARGS)
 
 bench: $(STAMP) ## measure every performance claim beside its peer into benchmarks/results.json
 	$(PY) -m benchmarks $(ARGS)

@@ -295,8 +295,16 @@ def _copy_mathjax(app: Any, error: Exception | None) -> None:
         shutil.copyfile(source, target)
 
 
+def _without_thebe(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """No live kernel is offered; Jupyter Book would put its script into each page twice, which is an error there."""
+    for kind in ("script_files", "css_files"):
+        files = context.get(kind, [])
+        context[kind] = [file for file in files if "thebe" not in f"{file} {getattr(file, 'attributes', '')}".lower()]
+
+
 def setup(app: Any) -> dict[str, bool]:
     app.connect("config-inited", _configure)
+    app.connect("html-page-context", _without_thebe, priority=900)
     app.connect("autodoc-process-docstring", _keep_whole, priority=400)  # before napoleon
     app.connect("build-finished", _copy_mathjax)
     app.add_directive("run-figure", RunFigure)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import executed_runs
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 from build_book import BookError, build_book
@@ -34,6 +35,8 @@ GLUED = {
     "gain_high": 0.02,
 }
 
+ATTACK = "<script>window.attacked = 1</script>"
+
 
 def glue_output(name, data):
     data = {f"application/papermill.record/{kind}": content for kind, content in data.items()}
@@ -44,6 +47,10 @@ def glue_output(name, data):
 def stand_in(name):
     """A notebook as papermill and the runner leave it, with nothing in it."""
     outputs = [nbformat.v4.new_output("stream", name="stdout", text=f"{name} ran\n")]
+    if name == "01_data":  # as a notebook shows titles: in a table of pandas
+        table = pd.DataFrame({"title": [ATTACK]})
+        data = {"text/html": table.to_html(), "text/plain": repr(table)}
+        outputs += [nbformat.v4.new_output("execute_result", data=data, execution_count=1)]
     if name == "06_fusion":
         outputs += [glue_output(key, {"text/plain": repr(value)}) for key, value in GLUED.items()]
         image = {"image/png": PNG, "text/plain": "<Figure size 1x1 with 1 Axes>"}
@@ -114,6 +121,12 @@ def test_every_page_is_there_and_none_shows_an_error(html):
     for page in [TOC["root"], *PAGES]:
         text = words(html / f"{page}.html")
         assert "Traceback" not in text and "{{" not in text and "Unknown interpreted text role" not in text, page
+
+
+@pytest.mark.slow
+def test_a_script_in_a_title_is_only_text(html):
+    page = (html / "book/executed/01_data.html").read_text(encoding="utf-8")
+    assert ATTACK not in page and "attacked = 1" in unescape(words(html / "book/executed/01_data.html"))
 
 
 @pytest.mark.slow

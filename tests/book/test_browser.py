@@ -1,0 +1,145 @@
+"""Every page of the published book as a browser shows it: wide and narrow, light and dark."""
+
+import contextlib
+import functools
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import threading
+import urllib.request
+from pathlib import Path
+
+import pytest
+import websocket
+import yaml
+from build_book import build_book
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
+PAGES = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
+FLAGS += ["--no-first-run", "--hide-scrollbars", "--remote-debugging-port=0", "--remote-allow-origins=*", "about:blank"]
+LOOK = """(() => ({
+    text: document.body.innerText,
+    dark: document.documentElement.dataset.theme,
+    too_wide: [...document.querySelectorAll("main *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1
+        && !e.closest("#pst-secondary-sidebar, #pst-primary-sidebar, .cell_output, .pst-scrollable-table-container")
+        && !e.closest("pre, mjx-container, .output, div.math, .highlight"))
+        .map(e => e.outerHTML.slice(0, 120)).slice(0, 3),
+    page_width: document.documentElement.scrollWidth - innerWidth,
+    images: [...document.images].map(i => [i.getAttribute("src"), i.alt, i.naturalWidth]),
+    links: [...document.querySelectorAll("a[href]")].map(a => a.href),
+    ids: [...document.querySelectorAll("[id]")].map(e => e.id),
+}))()"""
+
+
+class Browser:
+    """One tab, driven by the developer tools' protocol."""
+
+    def __init__(self, program, folder):
+        self.process = subprocess.Popen(
+            [program, f"--user-data-dir={folder}", *FLAGS], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
+        address = next(found[1] for line in self.process.stderr if (found := re.search(r"ws://([\d.:]+)/", line)))
+        threading.Thread(target=self.process.stderr.read, daemon=True).start()
+        with urllib.request.urlopen(f"http://{address}/json/list") as answer:
+            page = next(target for target in json.load(answer) if target["type"] == "page")
+        self.socket = websocket.create_connection(page["webSocketDebuggerUrl"], timeout=60, suppress_origin=True)
+        self.sent, self.events = 0, []
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method, **parameters):
+        self.sent += 1
+        self.socket.send(json.dumps({"id": self.sent, "method": method, "params": parameters}))
+        while (message := json.loads(self.socket.recv())).get("id") != self.sent:
+            self.events.append(message)
+        assert "error" not in message, message
+        return message["result"]
+
+    def show(self, url, width, theme):
+        """What the page looks like after it has loaded, and what went wrong on the way."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+        )
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
+        self.events = []
+        self.call("Page.navigate", url=url)
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(json.loads(self.socket.recv()))
+        found = self.call("Runtime.evaluate", expression=LOOK, returnByValue=True)["result"]["value"]
+        return found | {"faults": [fault for event in self.events if (fault := self.fault(event))]}
+
+    @staticmethod
+    def fault(event):
+        parameters, method = event.get("params", {}), event.get("method")
+        if method == "Runtime.exceptionThrown":
+            return json.dumps(parameters["exceptionDetails"])[:600]
+        if method == "Runtime.consoleAPICalled" and parameters["type"] == "error":
+            return str(parameters["args"])
+        if method == "Log.entryAdded" and parameters["entry"]["level"] == "error":
+            return f"{parameters['entry']['text']} {parameters['entry'].get('url', '')}"
+        if method == "Network.responseReceived" and parameters["response"]["status"] >= 400:
+            return f"{parameters['response']['status']} {parameters['response']['url']}"
+        return None
+
+    def close(self):
+        self.socket.close()
+        self.process.terminate()
+        self.process.wait(20)
+
+
+class _Silent(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """Address of the published book, built from what is committed."""
+    html = build_book(ROOT / "book/executed", tmp_path_factory.mktemp("published") / "html", ROOT).parent
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Silent, directory=html))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    program = next(filter(None, map(shutil.which, PROGRAMS)), None)
+    if program is None:
+        pytest.skip("no Chromium here: install it to have the pages looked at")
+    with contextlib.closing(Browser(program, tmp_path_factory.mktemp("profile"))) as opened:
+        yield opened
+
+
+@pytest.mark.slow
+def test_every_page_looks_right(site, browser):
+    faults, links, ids = [], {}, {}
+    for page in PAGES:
+        for width, theme in ((1280, "light"), (390, "dark")):
+            where, seen = f"{page} at {width}, {theme}", browser.show(f"{site}/{page}.html", width, theme)
+            faults += [f"{where}: {fault}" for fault in seen["faults"]]
+            faults += [f"{where}: wider than the window: {part}" for part in seen["too_wide"]]
+            if seen["page_width"] > 1:
+                faults.append(f"{where}: the page scrolls sideways by {seen['page_width']} px")
+            if len(seen["text"]) < 300 or "Traceback" in seen["text"] or seen["dark"] != theme:
+                faults.append(f"{where}: {seen['dark']}, {seen['text'][:200]!r}")
+            faults += [
+                f"{where}: image {src[:80]} has alt {alt!r}, width {n}" for src, alt, n in seen["images"] if not n
+            ]
+            faults += [f"{where}: image {src[:80]} has no alt" for src, alt, _ in seen["images"] if not alt]
+        ids[f"{site}/{page}.html"] = set(seen["ids"])
+        links |= {link: page for link in seen["links"] if link.startswith(site)}
+    for link, page in links.items():
+        target, _, anchor = link.partition("#")
+        if target in ids and anchor and anchor not in ids[target]:
+            faults.append(f"{page}: no place {anchor!r} in {target}")
+        elif target not in ids:
+            with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(target):
+                continue
+            faults.append(f"{page}: broken link {link}")
+    assert not faults, "\n".join(faults)
