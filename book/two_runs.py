@@ -26,6 +26,17 @@ def main(first: str = "results", second: str = "", tolerance: float = TOLERANCE)
     ]
     shared = sorted(folders[0].keys() & folders[1].keys())
     if not shared:
+        other = second or "(no second folder given)"
+        print(f"{first} and {other} share no chapter of a data set: there is nothing to compare", file=sys.stderr)
+        return 1
+    wrong = 0
+    for chapter in shared:
+        table = differences(*(pd.read_csv(folder[chapter]) for folder in folders))
+        lacking, worst = int(table["off"].isna().sum()), table.loc[table["off"].fillna(-1).idxmax()]
+        fine = not lacking and worst["off"] <= float(tolerance)
+        wrong += not fine
+        where = f"{worst['method']}, seed {worst['seed']}, {worst['metric']}@{worst['k']}, {worst['protocol']}"
+        values = f"{worst['value']:.6f} and {worst['value_other']:.6f}"
         said = f"{chapter}: {'agrees' if fine else 'DIFFERS'}, {len(table)} rows, {lacking} in one run alone"
         print(f"{said}, largest {worst['off']:.2e} ({where}: {values})")
     return int(wrong > 0)
