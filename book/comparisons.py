@@ -10,6 +10,7 @@ import pandas as pd
 from statsmodels.stats.multitest import multipletests
 
 from llmrec_lib.evaluation import Evaluation, compare
+from llmrec_lib.evaluation.statistics import per_user_mean
 
 TOLERANCE = {"mean_a": 1e-6, "mean_b": 1e-6, "difference": 1e-6, "low": 1e-5, "high": 1e-5, "p": 2e-3, "p_holm": 2e-2}
 RELATIVE = {"map.csv"}  # its interval is divided by mean_b
@@ -36,7 +37,11 @@ def recomputed(table: pd.DataFrame, runs: dict[tuple[str, str], list[Evaluation]
         protocol = own or next((protocol for protocol, method in runs if method == row["a"]), None)
         if missing := [row[side] for side in ("a", "b") if (protocol, row[side]) not in runs]:
             raise SystemExit(f"per_user.parquet has no values of {missing[0]!r} under {protocol or 'any protocol'}")
-        rows.append(compare(runs[protocol, row["a"]], runs[protocol, row["b"]], row["metric"]))
+        pair = runs[protocol, row["a"]], runs[protocol, row["b"]]
+        first, second = (per_user_mean(one, row["metric"]) for one in pair)
+        # Few users who differ make few sign flips, and equal sums among them are not equal any more in 32 bits.
+        n_differing = int(((first - second).abs() > 1e-7).sum())
+        rows.append({**compare(*pair, row["metric"]), "one_flip": 2.0 ** (1 - n_differing)})
     again = pd.DataFrame(rows, index=table.index)
     split_by = next((column for column in ("scope", "family", "use") if column in table), None)
     families = table.groupby(split_by).groups.values() if split_by else [table.index]
@@ -57,7 +62,9 @@ def main(results: str = "results") -> int:
             again = recomputed(table, runs)
             if path.name in RELATIVE:
                 again[["low", "high"]] = again[["low", "high"]].div(again["mean_b"], axis=0)
-            off = {name: (again[name] - table[name]).abs().max() for name in TOLERANCE if name in table}
+            off = {name: (again[name] - table[name]).abs() for name in TOLERANCE if name in table}
+            off["p"] = (off["p"] - 2 * again["one_flip"]).clip(lower=0)
+            off = {name: values.max() for name, values in off.items()}
             bad = {name: value for name, value in off.items() if not value <= TOLERANCE[name]}
             n_rows += len(table)
             n_wrong += bool(bad)
