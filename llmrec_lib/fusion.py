@@ -302,11 +302,9 @@ class SequentialFusion(_Fusion):
         return self._run(users, stage)[1]
 
     def _run(self, users: LongTensor, last_stage: int) -> tuple[FloatTensor, LongTensor]:
-        order = tie_order(self.n_items)
         retriever, *rerankers = self.arms
         accumulated = mask_seen(retriever.score(users).float().clone(), self.split, users, self.phase)
-        n_first = min(self.n_candidates[0], self.n_items - 1)
-        kept = top_k(accumulated, n_first, order)
+        kept = top_k(accumulated, min(self.n_candidates[0], self.n_items - 1), tie_order(self.n_items))
         total = z_score(accumulated.gather(1, kept))
         for stage in range(last_stage):
             scores = mask_seen(rerankers[stage].score(users).float().clone(), self.split, users, self.phase)

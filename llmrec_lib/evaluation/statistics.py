@@ -73,16 +73,15 @@ def compare(a: Runs, b: Runs, metric: str = "ndcg@10") -> dict[str, float | str 
     """
     first, second = ([runs] if isinstance(runs, Evaluation) else runs for runs in (a, b))
     per_user_mean([*first, *second], metric)  # only if all are of one data set, protocol and phase
-    first, second = first[0], second[0]
     values = pd.concat([per_user_mean(a, metric), per_user_mean(b, metric)], axis=1, join="inner").to_numpy(np.float64)
     if not len(values):
-        raise ValueError(f"{first.method} and {second.method} share no judged user")
+        raise ValueError(f"{first[0].method} and {second[0].method} share no judged user")
     difference = values[:, 0] - values[:, 1]
     low, high = interval(difference)
     deviation = difference.std(ddof=1) if len(difference) > 1 else 0.0
     gain, (mean_a, mean_b) = difference.mean(), values.mean(axis=0)
     return {
-        **{"a": first.method, "b": second.method, "metric": metric, "n_users": len(values)},
+        **{"a": first[0].method, "b": second[0].method, "metric": metric, "n_users": len(values)},
         **{"mean_a": mean_a, "mean_b": mean_b, "difference": gain, "low": low, "high": high},
         "relative": gain / mean_b if mean_b else np.nan,
         "p": _sign_flip_p(difference),

@@ -135,8 +135,9 @@ def _load(kind: str, name: str, dtype: torch.dtype | None) -> LanguageModel:
     import transformers
     from safetensors import SafetensorError
 
-    from llmrec_lib.language_models.compress import compress  # also teaches transformers to read what it wrote
+    from llmrec_lib.language_models.compress import compress, stored_form
 
+    stored_form()
     transformers.utils.logging.disable_progress_bar()  # loads take a second, and bars end up in notebooks
     folder, (_, recipe) = fetch(name), split_name(name)
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **_SAFE}

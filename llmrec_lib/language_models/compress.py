@@ -16,6 +16,7 @@ its folder is the name of a model like any other.
 
 import contextlib
 import copy
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -26,14 +27,12 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, linear
 from torch.nn.utils import prune
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmrec_lib.language_models import catalog
 
-INTEGERS = ("int8", "int8-weights", "int4-weights")
+BITS = {"int8": 8, "int8-weights": 8, "int4-weights": 4}
 GROUP = 32  # weights of a row that share a scale where they have 4 bits
-STEP = re.compile(rf"(layers|heads|neurons|magnitude)([1-9]\d*)|({'|'.join(INTEGERS)})")
+STEP = re.compile(rf"(layers|heads|neurons|magnitude)([1-9]\d*)|({'|'.join(BITS)})")
 CALIBRATION = yaml.safe_load(Path(__file__).with_name("compress.yaml").read_text(encoding="utf-8"))
 
 
@@ -144,7 +143,7 @@ def parse(recipe: str) -> list[tuple[str, int]]:
     if not all(found) or any(step[3] for step in found[:-1]):
         steps = "layersN, headsN, neuronsP, magnitudeP (N: how many are kept, P: percent)"
         raise ValueError(
-            f"{recipe!r} is no recipe: join {steps} with +, and end, if you like, with {' or '.join(INTEGERS)}"
+            f"{recipe!r} is no recipe: join {steps} with +, and end, if you like, with {' or '.join(BITS)}"
         )
     return [(step[1] or step[3], int(step[2] or 0)) for step in found]
 
@@ -154,7 +153,7 @@ def compress(llm: catalog.LanguageModel, recipe: str, texts: Sequence[str] = CAL
 
     What is pruned is a plain model of transformers again: fine-tune it, ``save_pretrained`` it, give the folder as a name.
     Integers are the last step, after training. What a plain configuration cannot tell (integers, and heads where it has no
-    head_dim, as BERT's) is written to config.json as a `Compressed`, and read back by this library.
+    head_dim, as BERT's) is written to config.json, and read back by this library (`stored_form`).
 
     Parameters
     ----------
@@ -182,11 +181,11 @@ def compress(llm: catalog.LanguageModel, recipe: str, texts: Sequence[str] = CAL
         elif step == "magnitude":
             for part in _matrices(model).values():
                 prune.remove(prune.l1_unstructured(part, "weight", number / 100), "weight")
-    integers, told = steps[-1][0] if steps[-1][0] in INTEGERS else "", getattr(config, "head_dim", None)
+    integers, told = steps[-1][0] if steps[-1][0] in BITS else "", getattr(config, "head_dim", None)
     if integers or hasattr(model.config, "quantization_config") or "heads" in dict(steps) and not told:
         shapes = {name: [*part.weight.shape] for name, part in _matrices(model).items()}
-        model.config.quantization_config = Compressed(integers, shapes)
-        model.hf_quantizer = _Reader(model.config.quantization_config)
+        model.hf_quantizer = stored_form()(integers, shapes)
+        model.config.quantization_config = model.hf_quantizer.quantization_config
         _quantise(model, integers)
     return model, tokenizer
 
@@ -201,30 +200,34 @@ def _quantise(model: nn.Module, integers: str) -> None:
         transformer_layers(model).set_submodule(name, QuantisedLinear(part, integers))
 
 
-@register_quantization_config("llmrec")
-class Compressed(QuantizationConfigMixin):
-    """What ``config.json`` tells of a compressed model: which integers (one of `INTEGERS`, or ""), shapes of matrices."""
+@functools.cache
+def stored_form() -> Callable:
+    """Teach transformers to save and read what `compress` made; gives (integers, shapes) -> a model's ``hf_quantizer``.
 
-    def __init__(self, integers: str, shapes: dict[str, list[int]], **_: str) -> None:
-        if integers not in ("", *INTEGERS):
-            raise ValueError(f"integers {integers!r} must be one of {', '.join(INTEGERS)}")
-        self.quant_method, self.integers, self.shapes = "llmrec", integers, shapes
+    Its configuration stands in ``config.json``: ``integers``, a key of `BITS` or "", and the ``shapes`` of the matrices.
+    """
+    from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
+    @register_quantization_config("llmrec")
+    class Compressed(QuantizationConfigMixin):
+        def __init__(self, integers: str, shapes: dict[str, list[int]], **_: str) -> None:
+            self.quant_method, self.integers, self.shapes = "llmrec", integers, shapes
 
-@register_quantizer("llmrec")
-class _Reader(HfQuantizer):
-    """Makes the modules of a compressed model before transformers reads its weights."""
+    @register_quantizer("llmrec")
+    class Maker(HfQuantizer):
+        is_trainable = False
 
-    is_trainable = False
+        def is_serializable(self) -> bool:
+            return True
 
-    def is_serializable(self) -> bool:
-        return True
+        def _process_model_before_weight_loading(self, model: nn.Module, **_: object) -> None:
+            for name, part in _matrices(model).items():
+                weight = torch.empty(self.quantization_config.shapes[name], device="meta")
+                _resize(part, weight, part.bias if part.bias is None else weight[:, 0])
+            _quantise(model, self.quantization_config.integers)
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: object) -> None:
-        for name, part in _matrices(model).items():
-            weight = torch.empty(self.quantization_config.shapes[name], device="meta")
-            _resize(part, weight, part.bias if part.bias is None else weight[:, 0])
-        _quantise(model, self.quantization_config.integers)
+    return lambda integers, shapes: Maker(Compressed(integers, shapes))
 
 
 def _prune_features(model: nn.Module, tokens: Sequence[Sequence[int]], step: str, number: int) -> None:
@@ -281,11 +284,11 @@ class QuantisedLinear(nn.Module):
     def __init__(self, plain: nn.Linear, integers: str) -> None:
         super().__init__()
         self.integers, self.shape = integers, plain.weight.shape
-        size, limit = (math.gcd(GROUP, self.shape[1]), 7) if "4" in integers else (self.shape[1], 127)
+        size, limit = (math.gcd(GROUP, self.shape[1]), 7) if BITS[integers] == 4 else (self.shape[1], 127)
         groups = plain.weight.detach().float().unflatten(1, (-1, size))
         scale = groups.abs().amax(2).clamp_min(1e-12) / limit
         weight = (groups / scale[:, :, None]).round().to(torch.int8).flatten(1)
-        if "4" in integers:
+        if BITS[integers] == 4:
             low, high = nn.functional.pad(weight.flatten(), (0, weight.numel() % 2)).view(-1, 2).T
             weight = high << 4 | low & 15
         self.register_buffer("weight", weight)
@@ -294,7 +297,7 @@ class QuantisedLinear(nn.Module):
 
     def _floats(self) -> Tensor:
         weight = self.weight
-        if "4" in self.integers:
+        if BITS[self.integers] == 4:
             weight = torch.stack([weight << 4 >> 4, weight >> 4], 1).flatten()[: self.shape.numel()].view(self.shape)
         return (weight.unflatten(1, (self.scale.shape[1], -1)) * self.scale[:, :, None]).flatten(1)
 
