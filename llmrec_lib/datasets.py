@@ -158,8 +158,9 @@ def describe(dataset: Dataset) -> pd.Series:
     events = dataset.interactions
     users, items = dataset.n_users - 1, dataset.n_items - 1
     per_user = events["user"].value_counts().agg(["median", "min", "max"])
+    size = {"users": users, "items": items, "interactions": len(events), "density": len(events) / (users * items)}
     facts: dict[str, float] = {
-        **{"users": users, "items": items, "interactions": len(events), "density": len(events) / (users * items)},
+        **size,
         **per_user.add_prefix("events_per_user_"),
         "events_per_item_median": events["item"].value_counts().median(),
         "distinct_titles": len(set(dataset.titles[1:])),
@@ -172,7 +173,8 @@ def describe(dataset: Dataset) -> pd.Series:
     births = time.groupby(events["item"]).min()
     timed = {
         "same_instant_share": pd.DataFrame({"user": events["user"], "time": time}).duplicated(keep=False).mean(),
-        **{"tied_last_users": tied.sum(), "tied_last_share": tied.mean()},
+        "tied_last_users": tied.sum(),
+        "tied_last_share": tied.mean(),
         "under_an_hour_share": (last - by_user.min() < 3600).mean(),
         "span_days": (time.max() - time.min()) / 86400,
         "later_share": 1 - np.searchsorted(np.sort(time), last, side="right").mean() / len(time),

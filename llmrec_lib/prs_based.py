@@ -152,11 +152,8 @@ class UserTextRecommender(Recommender):
         name: str = "user text",
     ) -> None:
         super().__init__(split, name)
-        self.user_embeddings, self.n_candidates, self.popularity_weight = (
-            user_embeddings,
-            n_candidates,
-            popularity_weight,
-        )
+        self.user_embeddings = user_embeddings
+        self.n_candidates, self.popularity_weight = n_candidates, popularity_weight
         self.item_embeddings = torch.nn.functional.normalize(item_embeddings.float(), dim=1)
         self._popularity = torch.from_numpy(np.log1p(split.item_counts)).float()
 

@@ -36,8 +36,7 @@ def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
 
 def _resampling(values: np.ndarray) -> dict:
     """Number of resamples, a fixed seed, and how many are made at once, so that memory stays bounded."""
-    batch = max(1, 5_000_000 // len(values))
-    return {"n_resamples": N_RESAMPLES, "batch": batch, "rng": np.random.default_rng(0)}
+    return {"n_resamples": N_RESAMPLES, "batch": max(1, 5_000_000 // len(values)), "rng": np.random.default_rng(0)}
 
 
 def with_intervals(runs: Mapping[str, Runs], metric: str = "ndcg@10") -> pd.DataFrame:
@@ -80,13 +79,10 @@ def compare(a: Runs, b: Runs, metric: str = "ndcg@10") -> dict[str, float | str 
     low, high = interval(difference)
     deviation = difference.std(ddof=1) if len(difference) > 1 else 0.0
     gain, (mean_a, mean_b) = difference.mean(), values.mean(axis=0)
-    return {
-        **{"a": first[0].method, "b": second[0].method, "metric": metric, "n_users": len(values)},
-        **{"mean_a": mean_a, "mean_b": mean_b, "difference": gain, "low": low, "high": high},
-        "relative": gain / mean_b if mean_b else np.nan,
-        "p": _sign_flip_p(difference),
-        "effect": gain / deviation if deviation else 0.0,
-    }
+    names = {"a": first[0].method, "b": second[0].method, "metric": metric, "n_users": len(values)}
+    means = {"mean_a": mean_a, "mean_b": mean_b, "difference": gain, "low": low, "high": high}
+    relative, effect = gain / mean_b if mean_b else np.nan, gain / deviation if deviation else 0.0
+    return names | means | {"relative": relative, "p": _sign_flip_p(difference), "effect": effect}
 
 
 def _sign_flip_p(difference: np.ndarray) -> float:

@@ -141,10 +141,8 @@ def parse(recipe: str) -> list[tuple[str, int]]:
     """The steps of a recipe, each with its number (0 where it has none). Raises ValueError for what is no recipe."""
     found = [STEP.fullmatch(step) for step in recipe.split("+")]
     if not all(found) or any(step[3] for step in found[:-1]):
-        steps = "layersN, headsN, neuronsP, magnitudeP (N: how many are kept, P: percent)"
-        raise ValueError(
-            f"{recipe!r} is no recipe: join {steps} with +, and end, if you like, with {' or '.join(BITS)}"
-        )
+        steps, end = "layersN, headsN, neuronsP, magnitudeP (N: how many are kept, P: percent)", " or ".join(BITS)
+        raise ValueError(f"{recipe!r} is no recipe: join {steps} with +, and end, if you like, with {end}")
     return [(step[1] or step[3], int(step[2] or 0)) for step in found]
 
 
@@ -169,7 +167,7 @@ def compress(llm: catalog.LanguageModel, recipe: str, texts: Sequence[str] = CAL
     config, steps = model.config.get_text_config(), parse(recipe)
     if getattr(getattr(model.config, "quantization_config", None), "integers", ""):
         raise ValueError(
-            f"{recipe}: the matrices of this {type(model).__name__} are integers already; start from floats"
+            f"{recipe}: the matrices of this {type(model).__name__} are integers already: start from floats"
         )
     tokens = [ids[: getattr(config, "max_position_embeddings", None)] for ids in tokenizer(list(texts))["input_ids"]]
     for step, number in steps:
@@ -196,8 +194,9 @@ def _matrices(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _quantise(model: nn.Module, integers: str) -> None:
+    layers = transformer_layers(model)
     for name, part in _matrices(model).items() if integers else ():
-        transformer_layers(model).set_submodule(name, QuantisedLinear(part, integers))
+        layers.set_submodule(name, QuantisedLinear(part, integers))
 
 
 @functools.cache

@@ -161,15 +161,18 @@ class Study:
                 writer = writer or pyarrow.parquet.ParquetWriter(temporary, rows.schema, **small)
                 writer.write_table(rows.cast(writer.schema))
             writer.close()
-        seconds = round((datetime.now(UTC) - self._started).total_seconds(), 1)
+        made_with = {"models": self.models, "versions": provenance.versions(), "library": provenance.library_hash()}
         record = {
-            **{"chapter": self.chapter, "parameters": self._public},
+            "chapter": self.chapter,
+            "parameters": self._public,
             "data": {"name": self.data.name, "fingerprint": self.data.fingerprint, "notes": list(self.data.notes)},
-            **{"models": self.models, "versions": provenance.versions(), "library": provenance.library_hash()},
+            **made_with,
             "machine": provenance.machine(),
-            **{"started": self._started.isoformat(timespec="seconds"), "wall_seconds": seconds},
+            "started": self._started.isoformat(timespec="seconds"),
+            "wall_seconds": round((datetime.now(UTC) - self._started).total_seconds(), 1),
             "units": {"computed": self._computed, "read_back": len(self._keys) - self._computed},
-            **{"peak_memory_mb": provenance.peak_memory_mb(), "notes": self._notes},
+            "peak_memory_mb": provenance.peak_memory_mb(),
+            "notes": self._notes,
         }
         with atomic_write(self.folder / "run.json") as temporary:
             temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
