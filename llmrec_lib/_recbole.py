@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from llmrec_lib.augment import Augmentation, with_copies
+from llmrec_lib.augment import Augmentation, contrast, with_copies
 from llmrec_lib.evaluation.evaluate import evaluate
 from llmrec_lib.recommender import RecBoleRecommender, Recommender
 from llmrec_lib.splits import Split
@@ -37,7 +37,6 @@ _FACTS = yaml.safe_load(Path(__file__).with_name("_recbole.yaml").read_text(enco
 FAULTS, SETTINGS = _FACTS["faults"], _FACTS["settings"]
 
 UID, IID, SEQ, SEQ_LEN, TARGETS = "user_id", "item_id", "item_id_list", "item_length", "item_target_list"
-VIEW_TEMPERATURE = 0.2
 _CAUSAL = ("SASRec", "GRU4Rec")
 _NUMPY_ALIASES = {"float_": np.float64, "complex_": np.complex128, "unicode_": np.str_, "float": np.float64}
 _SET_BY_CONFIG = ("bool", "int", "float", "complex", "object", "str", "long", "unicode")
@@ -131,16 +130,15 @@ def _at_every_position(base: type) -> type:
             return loss + weight * self._contrast(sequence, length) if weight else loss
 
         def _contrast(self, sequence: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
-            """InfoNCE: of all second views in the batch, a history's own is most like its first (cosine)."""
+            """The contrastive loss between two augmented views of each window of the batch."""
             windows = [row[:n] for row, n in zip(sequence.cpu().numpy(), length.tolist(), strict=True)]
             views = []
             for _ in range(2):
                 changed = [self.augmentation(row, self.augmentation_rng, self.trained_items)[0] for row in windows]
                 newest = [torch.from_numpy(row[-sequence.shape[1] :]).to(sequence.device) for row in changed]
                 lengths = torch.tensor([len(row) for row in newest], device=sequence.device)
-                states = self.forward(pad_sequence(newest, batch_first=True), lengths)
-                views.append(torch.nn.functional.normalize(states, dim=1))
-            return cross_entropy(views[0] @ views[1].T / VIEW_TEMPERATURE, torch.arange(len(windows)).to(states.device))
+                views.append(self.forward(pad_sequence(newest, batch_first=True), lengths))
+            return contrast(*views)
 
     return AllPositions
 

@@ -5,11 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from scipy.sparse import csr_matrix
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
 
 from llmrec_lib.cache import content_key
 
 OPERATIONS = ("slice", "insert", "replace", "mask", "reorder")
+VIEW_TEMPERATURE = 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,3 +122,12 @@ def with_copies(
         rows.append((events, real))
         changed += max(len(history) - len(events), 0) + np.count_nonzero(~real)
     return rows, changed / max(sum(map(len, histories)) * augmentation.copies, 1)
+
+
+def contrast(first: Tensor, second: Tensor) -> Tensor:
+    """InfoNCE of two views of n histories, float [n, d] each: of all second views its own is most like a first (cosine).
+
+    Source: Xie et al. 2022 (CL4SRec), equation 4, with the second views alone as negatives.
+    """
+    likeness = normalize(first, dim=1) @ normalize(second, dim=1).T
+    return cross_entropy(likeness / VIEW_TEMPERATURE, torch.arange(len(first), device=first.device))

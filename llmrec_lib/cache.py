@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import inspect
 import os
+import tempfile
 import types
 import uuid
 from collections.abc import Callable, Iterator
@@ -96,6 +97,18 @@ def _update(digest: Any, *parts: Any) -> None:
             digest.update(repr(part.tolist()).encode() if part.dtype.hasobject else part.tobytes())
         else:
             raise TypeError(f"content_key cannot read the content of a {kind}; pass plain values or arrays")
+
+
+def cached_folder(folder: Path, make: Callable[[Path], Path]) -> Path:
+    """The folder, which appears whole or not at all, made once for all processes: `make` gets an empty folder to work in."""
+    with FileLock(f"{folder}.lock"):  # makes the folder above, where there is none
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", ignore_cleanup_errors=True) as work:
+                made = make(Path(work))
+                for path in made.rglob("*"):  # safetensors writes files that only their owner can read
+                    path.chmod(path.stat().st_mode | 0o044)
+                os.replace(made, folder)
+    return folder
 
 
 def cached_tensors(kind: str, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

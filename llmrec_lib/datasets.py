@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 import urllib.parse
 import urllib.request
 import zipfile
@@ -23,10 +22,9 @@ from typing import NoReturn
 import numpy as np
 import pandas as pd
 import yaml
-from filelock import FileLock
 from numpy.typing import ArrayLike
 
-from llmrec_lib.cache import cache_dir
+from llmrec_lib.cache import cache_dir, cached_folder
 
 ATOMIC_TYPES = ("token", "token_seq", "float", "float_seq")
 PAD = "[PAD]"
@@ -126,7 +124,8 @@ def load_dataset(name: str = "ml-100k", data_dir: str | Path = "") -> Dataset:
             f"(similar: {', '.join(close) or 'none'}; ml-100k comes with the package recbole); give the folder that "
             f"holds {name}/{name}.inter as data_dir, or in the environment as LLMREC_DATA"
         )
-    return load_folder(_download(name, urls[name]))
+    target = cache_dir() / "datasets" / name
+    return load_folder(cached_folder(target, lambda work: _download(name, urls[name], work)))
 
 
 def load_folder(path: str | Path) -> Dataset:
@@ -364,25 +363,18 @@ class _OnlyHttps(urllib.request.BaseHandler):
             raise DataError(f"{req.full_url} is not https")
 
 
-def _download(name: str, url: str) -> Path:
-    """Folder of the downloaded data set below `cache_dir`; it appears whole or not at all, once for all processes."""
-    target = cache_dir() / "datasets" / name
-    lock = FileLock(target.parent / f".{name}.lock")  # makes its folder, where there is none
-    with lock, tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as work:
-        if target.is_dir():
-            return target
-        archive, folder = Path(work) / Path(urllib.parse.urlsplit(url).path).name, Path(work) / "files"
-        try:
-            opener = urllib.request.build_opener(_OnlyHttps)
-            with opener.open(url, timeout=30) as response, open(archive, "wb") as file:
-                shutil.copyfileobj(response, file)
-            _extract(archive, folder, name)
-        except (OSError, zipfile.BadZipFile, DataError) as error:  # OSError: no network, time-out, HTTP status
-            failed = f"data set {name!r} could not be downloaded from {url} ({error})"
-            remedy = f"fetch it elsewhere, unpack it as {name}/{name}.inter (.item, .user), give the folder as data_dir"
-            raise DataNotFoundError(f"{failed}; {remedy}") from error
-        os.replace(folder, target)
-    return target
+def _download(name: str, url: str, work: Path) -> Path:
+    archive, folder = work / Path(urllib.parse.urlsplit(url).path).name, work / "files"
+    try:
+        opener = urllib.request.build_opener(_OnlyHttps)
+        with opener.open(url, timeout=30) as response, open(archive, "wb") as file:
+            shutil.copyfileobj(response, file)
+        _extract(archive, folder, name)
+    except (OSError, zipfile.BadZipFile, DataError) as error:  # OSError: no network, time-out, HTTP status
+        failed = f"data set {name!r} could not be downloaded from {url} ({error})"
+        remedy = f"fetch it elsewhere, unpack it as {name}/{name}.inter (.item, .user), give the folder as data_dir"
+        raise DataNotFoundError(f"{failed}; {remedy}") from error
+    return folder
 
 
 def _extract(archive: Path, folder: Path, name: str) -> None:

