@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import inspect
 import os
+import shutil
 import tempfile
 import types
 import uuid
@@ -130,8 +131,36 @@ def cached_tensors(kind: str, key: str, compute: Callable[[], dict[str, Tensor]]
     with FileLock(f"{path}.lock"):
         # Damaged from outside (a full disk, a copy cut short), a file is made again.
         with contextlib.suppress(FileNotFoundError, SafetensorError):
-            return load_file(path)
+            tensors = load_file(path)
+            os.utime(path)  # used just now: `shrink_cache` takes it last
+            return tensors
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
         with atomic_write(path) as temporary:
             save_file(tensors, temporary)
         return tensors
+
+
+def cache_entries() -> list[tuple[str, Path, int, float]]:
+    """What is kept, that which was not used for longest first: kind, file or folder, bytes, time of the last use."""
+    entries = []
+    for path in cache_dir().glob("*/*"):
+        if path.suffix != ".lock":
+            found = [file.stat() for file in (path.rglob("*") if path.is_dir() else [path])]
+            size, used = sum(one.st_size for one in found), max((one.st_mtime for one in found), default=0.0)
+            entries.append((path.parent.name, path, size, used))
+    return sorted(entries, key=lambda entry: entry[3])
+
+
+def shrink_cache(max_gb: float) -> int:
+    """Delete what was not used for longest, until at most `max_gb` · 10⁹ bytes are left; how many bytes went.
+
+    Everything is made or fetched again when it is needed. What another process is making is waited for.
+    """
+    entries, gone = cache_entries(), 0
+    excess = sum(size for _, _, size, _ in entries) - max_gb * 1e9
+    for _, path, size, _ in entries:
+        if gone < excess:
+            with FileLock(f"{path}.lock"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            gone += size
+    return gone

@@ -30,6 +30,12 @@ def main() -> None:
 @click.option("--results", "results_dir", metavar="DIR", help="Folder for tables (the parameter results_dir).")
 @click.option("--executed", "executed_dir", default="_build/executed", metavar="DIR", help="For executed notebooks.")
 @click.option("--notebooks", "notebooks_dir", default="notebooks", metavar="DIR", help="Folder of the chapters.")
+@click.option(
+    "--cell-timeout", type=click.IntRange(0), default=0, metavar="S", help="Seconds for one cell; 0: no limit."
+)
+@click.option(
+    "--cache-gb", type=click.FloatRange(0), envvar="LLMREC_CACHE_GB", metavar="GB", help="Shrink the cache first."
+)
 @click.option("--force", is_flag=True, help="Execute also chapters that are up to date.")
 def run(parameters: tuple[tuple[str, str], ...], **options: object) -> None:
     """Execute chapters ("06", "fusion" or "06_fusion"; all, if none is named), skipping those that are up to date.
@@ -46,6 +52,21 @@ def run(parameters: tuple[tuple[str, str], ...], **options: object) -> None:
     outcomes = study.run(parameters=dict(parameters), report=click.echo, **options)
     if failed := [outcome.chapter for outcome in outcomes if outcome.status == "failed"]:
         raise click.ClickException(f"{len(failed)} of {len(outcomes)} chapters failed: {', '.join(failed)}")
+
+
+@main.command()
+@click.option("--shrink", type=click.FloatRange(0), metavar="GB", help="Delete what was not used for longest first.")
+def cache(shrink: float | None) -> None:
+    """Show what is kept for later runs, by kind: downloaded models, embeddings, trained models and so on."""
+    from llmrec_lib.cache import cache_dir, cache_entries, shrink_cache
+
+    if shrink is not None:
+        click.echo(f"{shrink_cache(shrink) / 1e6:,.1f} MB deleted")
+    entries = cache_entries()
+    for kind in sorted({kind for kind, *_ in entries}):
+        sizes = [size for own, _, size, _ in entries if own == kind]
+        click.echo(f"{kind:<12} {len(sizes):>7,} entries {sum(sizes) / 1e6:>11,.1f} MB")
+    click.echo(f"in {cache_dir()}: {sum(size for _, _, size, _ in entries) / 1e6:,.1f} MB")
 
 
 @main.group()

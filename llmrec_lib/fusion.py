@@ -110,12 +110,9 @@ class HybridFusion(_Fusion):
     """
 
     def __init__(
-        self,
-        arms: Sequence[Recommender],
-        weights: Sequence[float] | Callable[[LongTensor], torch.Tensor],
-        rule: str = "z",
-        name: str | None = None,
-    ) -> None:
+        self, arms: Sequence[Recommender], weights: Sequence[float] | Callable[[LongTensor], torch.Tensor],
+        rule: str = "z", name: str | None = None,
+    ) -> None:  # fmt: skip
         if rule not in NORMALISERS:
             raise ValueError(f"no rule {rule!r}; there are {', '.join(NORMALISERS)}")
         super().__init__(arms, name or " + ".join(arm.name for arm in arms))
@@ -168,14 +165,9 @@ class LearnedFusion(_Fusion):
     """
 
     def __init__(
-        self,
-        arms: Sequence[Recommender],
-        users: Sequence[int] | None = None,
-        gated: bool = True,
-        rule: str = "log_z",
-        l2: float = 1.0,
-        name: str | None = None,
-    ) -> None:
+        self, arms: Sequence[Recommender], users: Sequence[int] | None = None, gated: bool = True, rule: str = "log_z",
+        l2: float = 1.0, name: str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(arms, name or f"learned ({', '.join(arm.name for arm in arms)})")
         self.gated, self.rule, self.l2 = gated, rule, float(l2)
         users = self.split.eval_users("valid") if users is None else np.asarray(users, dtype=np.int64)
@@ -279,12 +271,9 @@ class SequentialFusion(_Fusion):
     """
 
     def __init__(
-        self,
-        arms: Sequence[Recommender],
-        n_candidates: int | Sequence[int] = 100,
-        weights: float | Sequence[float] = 1.0,
-        name: str | None = None,
-    ) -> None:
+        self, arms: Sequence[Recommender], n_candidates: int | Sequence[int] = 100,
+        weights: float | Sequence[float] = 1.0, name: str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(arms, name or " → ".join(arm.name for arm in arms))
         stages = len(arms) - 1
         self.n_candidates = (n_candidates,) * stages if isinstance(n_candidates, int) else tuple(n_candidates)
@@ -363,13 +352,9 @@ def tune(
 
 
 def search(
-    build: Callable[..., Recommender],
-    space: Mapping[str, Sequence],
-    split: Split,
-    trials: int = 10,
-    users: Sequence[int] | None = None,
-    key: Any = (),
-) -> tuple[dict[str, Any], pd.DataFrame]:
+    build: Callable[..., Recommender], space: Mapping[str, Sequence], split: Split, trials: int = 10,
+    users: Sequence[int] | None = None, key: Any = (),
+) -> tuple[dict[str, Any], pd.DataFrame]:  # fmt: skip
     """Choose several settings at once on validation (tree-structured Parzen estimator, Bergstra et al. 2011, by Optuna).
 
     Each trial is cross-fitted: a half of the users is judged by what was learned from the other half, so that methods that
@@ -422,14 +407,9 @@ LEARNED_SPACE = {"gated": [True, False], "l2": [1.0, 10.0, 100.0], "rule": ["log
 
 
 def best_system(
-    arms: Callable[..., Sequence[Recommender]],
-    split: Split,
-    name: str,
-    space: Mapping[str, Sequence] = LEARNED_SPACE,
-    trials: int = 10,
-    users: Sequence[int] | None = None,
-    key: Any = (),
-) -> tuple[Recommender, dict[str, Any], pd.DataFrame]:
+    arms: Callable[..., Sequence[Recommender]], split: Split, name: str, space: Mapping[str, Sequence] = LEARNED_SPACE,
+    trials: int = 10, users: Sequence[int] | None = None, key: Any = (),
+) -> tuple[Recommender, dict[str, Any], pd.DataFrame]:  # fmt: skip
     """The best that validation can make of some arms: a `LearnedFusion`, its settings from `search`, or one arm alone.
 
     Parameters

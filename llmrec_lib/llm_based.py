@@ -61,17 +61,10 @@ class TitleLikelihoodRecommender(Recommender):
     """
 
     def __init__(
-        self,
-        split: Split,
-        likelihood: TitleLikelihood,
-        template: str = "history",
-        rule: str = "sum",
-        prior_weight: float = 1.0,
-        over: str = "vocabulary",
-        needs: StatedNeeds | None = None,
-        progress: bool = True,
+        self, split: Split, likelihood: TitleLikelihood, template: str = "history", rule: str = "sum",
+        prior_weight: float = 1.0, over: str = "vocabulary", needs: StatedNeeds | None = None, progress: bool = True,
         name: str | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if rule not in SCORES:
             raise ValueError(f"no rule {rule!r}; there are {', '.join(SCORES)}")
         if len(likelihood.titles) != split.dataset.n_items - 1:
@@ -93,14 +86,9 @@ class TitleLikelihoodRecommender(Recommender):
 
 
 def finetune_shortened(
-    split: Split,
-    llm: str | LanguageModel = "smollm2-135m",
-    n_layers: int = 8,
-    template: str = "history",
-    titles: Sequence[str] | None = None,
-    valid_users: int = 50,
-    **options: Any,
-) -> FineTuned:
+    split: Split, llm: str | LanguageModel = "smollm2-135m", n_layers: int = 8, template: str = "history",
+    titles: Sequence[str] | None = None, valid_users: int = 50, **options: Any,
+) -> FineTuned:  # fmt: skip
     """The study's recipe: keep a model's most influential layers, fine-tune it on the training histories, watch validation.
 
     Influence is measured on the validation prompts of 20 users. The curve has loss and NDCG@10 over the whole catalogue

@@ -80,13 +80,9 @@ def render(template: str | Template, history_titles: Sequence[str], profile: str
 
 
 def user_prompts(
-    split: Split,
-    users: ArrayLike,
-    phase: str,
-    template: str | Template = "history",
-    titles: Sequence[str] | None = None,
-    need: str | Sequence[str] = "",
-) -> list[str]:
+    split: Split, users: ArrayLike, phase: str, template: str | Template = "history",
+    titles: Sequence[str] | None = None, need: str | Sequence[str] = "",
+) -> list[str]:  # fmt: skip
     """Prompts of users [n] from their histories in a phase ("train", "valid" or "test"), see `Split.histories`.
 
     `titles` [n_items] are the data set's by default; `need` is one text for all users or one for each. Raises a

@@ -74,12 +74,9 @@ def text_similarity(
 
 
 def ease_with_text(
-    split: Split,
-    item_embeddings: FloatTensor,
-    weight: float = 300.0,
-    reg_weight: float = 250.0,
+    split: Split, item_embeddings: FloatTensor, weight: float = 300.0, reg_weight: float = 250.0,
     name: str = "ease + text",
-) -> ItemSimilarityRecommender:
+) -> ItemSimilarityRecommender:  # fmt: skip
     """EASE whose matrix has, below one row per user, one row per dimension of the text: X and √weight · Tᵀ.
 
     Closed form, ``P = (XᵀX + weight · T Tᵀ + reg_weight · I)⁻¹, B = −P / diag(P)`` with a zero diagonal. An item that
@@ -111,13 +108,9 @@ def ease_with_text(
 
 
 def text_arms(
-    split: Split,
-    item_embeddings: FloatTensor,
-    name: str = "text",
-    half_lives: Sequence[float] = (0, 40, 5),
-    weight: float = 300.0,
-    neighbours: int = 50,
-) -> list[ItemSimilarityRecommender]:
+    split: Split, item_embeddings: FloatTensor, name: str = "text", half_lives: Sequence[float] = (0, 40, 5),
+    weight: float = 300.0, neighbours: int = 50,
+) -> list[ItemSimilarityRecommender]:  # fmt: skip
     """Both ways in which vectors of items help to recommend, as arms of a fusion: `ease_with_text` with each half-life of
     its votes (see `ItemSimilarityRecommender.recent`), and `text_similarity` with the last one."""
     early = ease_with_text(split, item_embeddings, weight, name=f"EASE with {name}")
@@ -143,14 +136,9 @@ class UserTextRecommender(SequentialFusion):
     """
 
     def __init__(
-        self,
-        split: Split,
-        user_embeddings: dict[str, FloatTensor],
-        item_embeddings: FloatTensor,
-        n_candidates: int = 200,
-        popularity_weight: float = 0.0,
-        name: str = "user text",
-    ) -> None:
+        self, split: Split, user_embeddings: dict[str, FloatTensor], item_embeddings: FloatTensor,
+        n_candidates: int = 200, popularity_weight: float = 0.0, name: str = "user text",
+    ) -> None:  # fmt: skip
         arms = _UserItemCosine(split, user_embeddings, item_embeddings), _Popularity(split, "popularity")
         super().__init__(arms, n_candidates, popularity_weight, name)
 

@@ -107,20 +107,11 @@ def mask_seen(scores: torch.Tensor, split: Split, users: torch.Tensor, phase: st
 
 
 def evaluate(
-    recommender: Recommender,
-    split: Split,
-    phase: str = "test",
-    *,
-    family: str = "id",
-    method: str | None = None,
-    seed: int | None = None,
-    ks: Sequence[int] = KS,
-    users: Sequence[int] | None = None,
-    among: Sequence[int] | None = None,
-    candidates: Sequence[int] | None = None,
-    batch_size: int | None = None,
+    recommender: Recommender, split: Split, phase: str = "test", *, family: str = "id", method: str | None = None,
+    seed: int | None = None, ks: Sequence[int] = KS, users: Sequence[int] | None = None,
+    among: Sequence[int] | None = None, candidates: Sequence[int] | None = None, batch_size: int | None = None,
     progress: bool = False,
-) -> Evaluation:
+) -> Evaluation:  # fmt: skip
     """Rank the whole catalogue for each user and compare the top of the list with what the user took next.
 
     Parameters

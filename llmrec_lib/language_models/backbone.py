@@ -151,19 +151,11 @@ def model_class() -> type[nn.Module]:
 
 
 def train_backbone(
-    split: Split,
-    item_embeddings: FloatTensor | None,
-    llm: str | catalog.LanguageModel = "smollm2-135m",
-    *,
-    tuning: Literal["frozen", "lora", "full"] = "frozen",
-    pretrained: bool = True,
-    rank: int = 16,
-    item_input: Literal["text", "id", "text+id"] = "text",
-    seed: int = 0,
-    progress: bool = True,
-    name: str | None = None,
-    **settings: Any,
-) -> Recommender:
+    split: Split, item_embeddings: FloatTensor | None, llm: str | catalog.LanguageModel = "smollm2-135m", *,
+    tuning: Literal["frozen", "lora", "full"] = "frozen", pretrained: bool = True, rank: int = 16,
+    item_input: Literal["text", "id", "text+id"] = "text", seed: int = 0, progress: bool = True,
+    name: str | None = None, **settings: Any,
+) -> Recommender:  # fmt: skip
     """Train a language model's body to predict the next item; a second call with equal inputs reads the cache.
 
     The input at each position is the item's text embedding, projected ("text"), or a learned vector ("id"), or the sum,

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from llmrec_lib.cache import cached_tensors, content_key
 from llmrec_lib.language_models import catalog
 from llmrec_lib.language_models._packed import pack_linears
+from llmrec_lib.shards import in_shards
 
 BATCH_TOKENS = 2048  # per forward: enough to fill the cores, small enough for their caches
 
@@ -58,13 +59,9 @@ class TextEncoder:
     """
 
     def __init__(
-        self,
-        model: str | catalog.LanguageModel = "minilm",
-        pooling: Literal["auto", "mean", "cls", "last"] = "auto",
-        device: str = "auto",
-        dtype: str = "auto",
-        max_tokens: int = 128,
-    ) -> None:
+        self, model: str | catalog.LanguageModel = "minilm", pooling: Literal["auto", "mean", "cls", "last"] = "auto",
+        device: str = "auto", dtype: str = "auto", max_tokens: int = 128,
+    ) -> None:  # fmt: skip
         if pooling not in ("auto", "mean", "cls", "last"):
             raise ValueError(f"pooling {pooling!r} must be 'auto', 'mean', 'cls' or 'last'")
         if max_tokens < 1:
@@ -107,24 +104,28 @@ class TextEncoder:
         ids = self.tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"] if texts else []
         return [row or [first_token(self.tokenizer)] for row in ids]
 
-    @torch.inference_mode()
     def _embed(self, ids: list[list[int]], progress: bool) -> Tensor:
         embeddings = torch.zeros(len(ids), self.model.config.hidden_size)
         order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))  # what does not fit into memory fails at once
+        batches = [
+            batch
+            for length, rows in itertools.groupby(order, key=lambda row: len(ids[row]))
+            for batch in torch.tensor(list(rows)).split(max(1, BATCH_TOKENS // length))
+        ]
+        tokens = (torch.tensor([ids[row] for row in batch.tolist()]) for batch in batches)
         with tqdm(total=len(ids), desc="embedding", unit="text", disable=not progress) as bar:
-            for length, rows in itertools.groupby(order, key=lambda row: len(ids[row])):
-                for batch in torch.tensor(list(rows)).split(max(1, BATCH_TOKENS // length)):
-                    tokens = torch.tensor([ids[row] for row in batch.tolist()], device=self.device)
-                    embeddings[batch] = self._forward(tokens).float().cpu()
-                    bar.update(len(batch))
+            for batch, rows in zip(batches, in_shards(TextEncoder._forward, self, tokens), strict=True):
+                embeddings[batch] = rows
+                bar.update(len(batch))
         return embeddings
 
+    @torch.inference_mode()
     def _forward(self, tokens: Tensor) -> Tensor:
         """Pooled states of texts of one length [n, length]: nothing is padded, so that attention needs no mask."""
-        hidden = self.model(input_ids=tokens).last_hidden_state
+        hidden = self.model(input_ids=tokens.to(self.device)).last_hidden_state
         if self.pooling == "mean":
-            return hidden.float().mean(1)
-        return hidden[:, 0 if self.pooling == "cls" else -1]
+            return hidden.float().mean(1).cpu()
+        return hidden[:, 0 if self.pooling == "cls" else -1].float().cpu()
 
 
 def pad_right(ids: list[list[int]], device: torch.device, fill: int = 0) -> tuple[Tensor, Tensor]:

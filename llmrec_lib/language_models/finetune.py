@@ -71,27 +71,12 @@ class FineTuned:
 
 
 def finetune(
-    split: Split,
-    llm: str | catalog.LanguageModel = "smollm2-135m",
-    *,
-    template: str | Template = "history",
-    method: str = "full",
-    rank: int = 16,
-    pretrained: bool = True,
-    titles: Sequence[str] | None = None,
-    epochs: int = 1,
-    learning_rate: float = 5e-4,
-    window_tokens: int = 256,
-    batch_tokens: int = 2048,
-    train_users: int = 0,
-    augmentation: Augmentation | None = None,
-    seed: int = 0,
-    dtype: str = "auto",
-    device: str = "auto",
-    valid_users: int = 0,
-    validate: Callable[[nn.Module, Any], float] | None = None,
-    progress: bool = True,
-) -> FineTuned:
+    split: Split, llm: str | catalog.LanguageModel = "smollm2-135m", *, template: str | Template = "history",
+    method: str = "full", rank: int = 16, pretrained: bool = True, titles: Sequence[str] | None = None, epochs: int = 1,
+    learning_rate: float = 5e-4, window_tokens: int = 256, batch_tokens: int = 2048, train_users: int = 0,
+    augmentation: Augmentation | None = None, seed: int = 0, dtype: str = "auto", device: str = "auto",
+    valid_users: int = 0, validate: Callable[[nn.Module, Any], float] | None = None, progress: bool = True,
+) -> FineTuned:  # fmt: skip
     """Continue the training of a causal language model on the titles that each user chose in the training part.
 
     The text of a user is what prompts of `template` say, the titles spelled and tokenised as `TitleLikelihood` scores

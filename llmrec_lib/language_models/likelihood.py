@@ -17,6 +17,7 @@ from llmrec_lib.cache import cached_tensors, content_key
 from llmrec_lib.language_models import catalog
 from llmrec_lib.language_models._packed import pack_linears
 from llmrec_lib.language_models.encoder import choose_device, choose_dtype, first_token, pad_right
+from llmrec_lib.shards import in_shards
 
 OVER = ("vocabulary", "catalogue")
 HEAD_ROWS = 128  # positions per vocabulary projection: 128 x 49,152 logits stay near the cores' caches
@@ -58,14 +59,9 @@ class TitleLikelihood:
     """
 
     def __init__(
-        self,
-        model: str | catalog.LanguageModel,
-        titles: Sequence[str],
-        suffix: str = ";",
-        dtype: str = "auto",
-        chunk_tokens: int = 256,
-        device: str = "auto",
-    ) -> None:
+        self, model: str | catalog.LanguageModel, titles: Sequence[str], suffix: str = ";", dtype: str = "auto",
+        chunk_tokens: int = 256, device: str = "auto",
+    ) -> None:  # fmt: skip
         if not titles:
             raise ValueError("titles is empty: there is nothing to score")
         if chunk_tokens < 1:
@@ -124,16 +120,17 @@ class TitleLikelihood:
         -------
         Tensor of float32 [n_prompts, n_titles]
         """
-        base = content_key(self.fingerprint, over)
-        scores = torch.empty(len(prompts), len(self.titles))
-        for row, prompt in enumerate(tqdm(prompts, desc="scoring titles", unit="prompt", disable=not progress)):
-            ids = self.prompt_tokens(prompt)
-
-            def compute(ids: list[int] = ids) -> dict[str, Tensor]:
-                return {"sum": self.log_likelihood(ids, over)}
-
-            scores[row] = cached_tensors(f"likelihood/{base[:16]}", content_key(base, ids), compute)["sum"]
+        base, scores = content_key(self.fingerprint, over), torch.empty(len(prompts), len(self.titles))
+        rows = in_shards(TitleLikelihood._kept, self, ((self.prompt_tokens(prompt), over, base) for prompt in prompts))
+        about = {"total": len(prompts), "desc": "scoring titles", "unit": "prompt", "disable": not progress}
+        for row, found in enumerate(tqdm(rows, **about)):
+            scores[row] = found
         return scores
+
+    def _kept(self, shard: tuple[list[int], str, str]) -> Tensor:
+        ids, over, base = shard
+        kind, compute = f"likelihood/{base[:16]}", lambda: {"sum": self.log_likelihood(ids, over)}
+        return cached_tensors(kind, content_key(base, ids), compute)["sum"]
 
     def prompt_tokens(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids under which the titles are scored; see Notes for blanks, empty and long prompts."""

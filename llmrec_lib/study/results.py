@@ -66,15 +66,9 @@ class Study:
         return {role: {"name": self._public[role], "sha256": _model_hash(self.parameters[role])} for role in roles}
 
     def unit(
-        self,
-        method: str,
-        *,
-        family: str,
-        seed: int,
-        compute: Callable[[], Evaluation],
-        key: Any = (),
+        self, method: str, *, family: str, seed: int, compute: Callable[[], Evaluation], key: Any = (),
         protocol: str | None = None,
-    ) -> Evaluation:
+    ) -> Evaluation:  # fmt: skip
         """Result of one method × protocol × seed: read back if computed from the same things before, else computed.
 
         "The same things": the arguments, the study's parameters (without seeds, results_dir, data_dir), the content of

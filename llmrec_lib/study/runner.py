@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmrec_lib.cache import atomic_write, content_key, file_sha256
+from filelock import FileLock
+
+from llmrec_lib.cache import atomic_write, content_key, file_sha256, shrink_cache
 from llmrec_lib.datasets import load_dataset
 from llmrec_lib.study import provenance
 from llmrec_lib.study.parameters import ParameterError, Value, chapter_values, declared_parameters
@@ -41,6 +43,8 @@ class _Job:
     changed: dict[str, Value]  # those that differ from the notebook's defaults
     stamp: dict[str, str | None]  # what it is made from: part -> hash
     threads: str
+    timeout: int  # seconds for one cell, 0 for no limit
+    forced: bool
 
     def result_hashes(self) -> dict[str, str]:
         """File name -> hash of what the chapter has written to its results folder."""
@@ -49,17 +53,11 @@ class _Job:
 
 
 def run(
-    chapters: Sequence[str] = (),
-    profile: str = "quick",
-    parameters: Mapping[str, Any] | None = None,
-    engine: str = "local",
-    scheduler: str | None = None,
-    results_dir: str | Path | None = None,
-    notebooks_dir: str | Path = "notebooks",
-    executed_dir: str | Path = "_build/executed",
-    force: bool = False,
-    report: Callable[[str], None] = print,
-) -> list[ChapterOutcome]:
+    chapters: Sequence[str] = (), profile: str = "quick", parameters: Mapping[str, Any] | None = None,
+    engine: str = "local", scheduler: str | None = None, results_dir: str | Path | None = None,
+    notebooks_dir: str | Path = "notebooks", executed_dir: str | Path = "_build/executed", force: bool = False,
+    cell_timeout: int = 0, cache_gb: float | None = None, report: Callable[[str], None] = print,
+) -> list[ChapterOutcome]:  # fmt: skip
     """Execute chapters in the current folder, one kernel at a time; what is up to date is skipped.
 
     Parameters
@@ -73,14 +71,18 @@ def run(
     results_dir : the parameter of this name.
     executed_dir : where ``NN_name.ipynb`` goes when complete, and ``NN_name.failed.ipynb`` until then.
     force : execute also what is up to date. Units that were kept are read back all the same.
+    cell_timeout : seconds after which a cell counts as hung and its chapter as failed; 0 for no limit.
+    cache_gb : before anything is executed, delete what the cache has not used for longest until so many GB are left.
     report : receives one line of progress at a time.
     """
     if engine not in ("local", "dask") or (scheduler and engine != "dask"):
         raise ParameterError(f"engine {engine!r}, scheduler {scheduler!r}: use local, dask, or dask with a scheduler")
     given = dict(parameters or {}) | ({} if results_dir is None else {"results_dir": str(results_dir)})
-    jobs = _plan(chapters, profile, given, Path(notebooks_dir), Path(executed_dir))
+    jobs = _plan(chapters, profile, given, Path(notebooks_dir), Path(executed_dir), cell_timeout, force)
+    if cache_gb is not None:
+        shrink_cache(cache_gb)
     outcomes = {job.chapter: ChapterOutcome(job.chapter, "up to date", 0.0, job.target) for job in jobs}
-    reasons = {job.chapter: "asked for" if force else _out_of_date(job) for job in jobs}
+    reasons = {job.chapter: _out_of_date(job) for job in jobs}
     for chapter, reason in reasons.items():
         report(f"{chapter}: " + (f"to be executed ({reason})" if reason else "up to date"))
     waiting = [job for job in jobs if reasons[job.chapter]]
@@ -107,8 +109,9 @@ def find_chapters(names: Sequence[str], notebooks_dir: Path) -> list[Path]:
 
 
 def _plan(
-    names: Sequence[str], profile: str, given: dict[str, Any], notebooks_dir: Path, executed_dir: Path
-) -> list[_Job]:
+    names: Sequence[str], profile: str, given: dict[str, Any], notebooks_dir: Path, executed_dir: Path,
+    timeout: int, forced: bool,
+) -> list[_Job]:  # fmt: skip
     chapters = find_chapters(names, notebooks_dir)
     known = {path.stem: declared_parameters(path) for path in find_chapters((), notebooks_dir)}
     names = [path.stem for path in chapters]
@@ -134,6 +137,8 @@ def _plan(
                 "versions": content_key(provenance.versions()),
             },
             threads=os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count()),
+            timeout=timeout,
+            forced=forced,
         )
         for path, values, place in zip(chapters, effective, places, strict=True)
     ]
@@ -147,6 +152,8 @@ def _source_hash(notebook: Path) -> str:
 
 def _out_of_date(job: _Job) -> str:
     """Why a chapter has to be executed, or "" if its executed notebook and its results stand for the same sources."""
+    if job.forced:
+        return "asked for"
     try:
         record = json.loads(job.target.read_text(encoding="utf-8"))["metadata"]["llmrec"]
         if changed := [part for part, value in job.stamp.items() if record["stamp"].get(part) != value]:
@@ -160,15 +167,19 @@ def _execute(job: _Job) -> ChapterOutcome:
     """Execute one chapter; whatever goes wrong in it is in the outcome, so that the other chapters still run."""
     started = time.monotonic()
     unfinished = job.target.with_name(f"{job.chapter}.failed.ipynb")
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    unfinished.unlink(missing_ok=True)
     try:
-        _papermill(job, unfinished)
-        _stamp(job, unfinished)
+        with FileLock(
+            job.target.with_name(f".{job.chapter}.lock")
+        ):  # of another run on the same folders, which may have done it
+            if not _out_of_date(job):
+                return ChapterOutcome(job.chapter, "up to date", time.monotonic() - started, job.target)
+            unfinished.unlink(missing_ok=True)
+            _papermill(job, unfinished)
+            _stamp(job, unfinished)
+            unfinished.unlink()
     except Exception as error:
         message = _describe_failure(job.chapter, error, unfinished)
         return ChapterOutcome(job.chapter, "failed", time.monotonic() - started, unfinished, message)
-    unfinished.unlink()
     return ChapterOutcome(job.chapter, "done", time.monotonic() - started, job.target)
 
 
@@ -193,6 +204,7 @@ def _papermill(job: _Job, output: Path) -> None:
         kernel_manager_class=ThisPython,
         resources={"metadata": {"path": str(job.folder)}},  # this process stays where it is
         progress_bar={"desc": job.chapter},
+        execution_timeout=job.timeout or None,
     )
     try:
         execute()
@@ -251,14 +263,35 @@ def _without_folders(content: Any, folder: Path) -> Any:
 
 
 def _execute_on_dask(jobs: Sequence[_Job], scheduler: str | None) -> Iterator[ChapterOutcome]:
-    """Each chapter is one task; outcomes come back in the order in which the chapters finish."""
+    """Each chapter is one task, one per worker at a time; outcomes come in the order in which the chapters finish."""
     from distributed import Client, as_completed
 
     # One worker: kernels that start at the same time race for ports and share the cores.
     local = {"n_workers": 1, "threads_per_worker": 1, "dashboard_address": None}
     with Client(scheduler) if scheduler else Client(**local) as client:
-        futures = {client.submit(_execute, job, pure=False, retries=0): job for job in jobs}
-        for future in as_completed(futures):
+        waiting, url, futures = list(jobs), client.scheduler.address, {}
+        running = as_completed()
+
+        def submit() -> None:
+            job = waiting.pop(0)
+            future = client.submit(_execute_on_worker, job, url, pure=False, retries=0)
+            futures[future] = job
+            running.add(future)
+
+        for _ in range(min(len(waiting), max(1, len(client.scheduler_info(n_workers=-1)["workers"])))):
+            submit()
+        for future in running:
             job, error = futures[future], future.exception()
             lost = f"{job.chapter} was lost with its worker: {error}"
             yield ChapterOutcome(job.chapter, "failed", 0.0, job.target, lost) if error else future.result()
+            if waiting:
+                submit()
+
+
+def _execute_on_worker(job: _Job, scheduler: str) -> ChapterOutcome:
+    """A chapter waits for its kernel outside of the worker's threads: they are free for the kernel's own shards."""
+    from distributed import secede
+
+    os.environ["LLMREC_SCHEDULER"] = scheduler
+    secede()
+    return _execute(job)

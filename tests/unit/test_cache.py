@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from llmrec_lib import cache
-from llmrec_lib.cache import atomic_write, cache_dir, cached_tensors, content_key
+from llmrec_lib.cache import atomic_write, cache_dir, cache_entries, cached_tensors, content_key, shrink_cache
 
 
 @pytest.fixture(autouse=True)
@@ -215,3 +216,52 @@ def test_several_at_once_compute_once():
     for thread in threads:
         thread.join()
     assert len(calls) == 1 and len(results) == 4
+
+
+def test_the_cache_shrinks_to_what_was_used_last(own_cache):
+    def kept(key):
+        return cached_tensors("numbers", key, lambda: {"value": torch.zeros(250)})  # 1,000 bytes and a header
+
+    for place, key in enumerate("abcd"):
+        kept(key)
+        os.utime(own_cache / "numbers" / f"{key}.safetensors", (place, place))
+    (own_cache / "models" / "tiny").mkdir(parents=True)
+    (own_cache / "models" / "tiny" / "weights").write_bytes(b"0" * 1000)
+    os.utime(own_cache / "models" / "tiny" / "weights", (9, 9))
+    kept("a")  # read, and so used
+    order = [path.name.split(".")[0] for _, path, _, _ in cache_entries()]
+    assert order == ["b", "c", "d", "tiny", "a"]
+    sizes = [size for _, _, size, _ in cache_entries()]
+    assert shrink_cache((sum(sizes) - 1) / 1e9) == sizes[0]
+    assert [path.name.split(".")[0] for _, path, _, _ in cache_entries()] == ["c", "d", "tiny", "a"]
+    assert shrink_cache((sizes[-1] + 10) / 1e9) == sum(sizes[1:4])
+    assert not (own_cache / "models" / "tiny").exists()
+    assert shrink_cache(1) == 0
+    assert shrink_cache(0) == sizes[-1]
+    assert cache_entries() == []
+    assert kept("b")["value"].shape == (250,)
+
+
+def test_shrinking_waits_for_what_is_being_made(own_cache):
+    making, go_on, done = threading.Event(), threading.Event(), []
+
+    def compute():
+        making.set()
+        assert go_on.wait(20)
+        return {"value": torch.ones(3)}
+
+    cached_tensors("numbers", "x", lambda: {"value": torch.zeros(3)})
+    (own_cache / "numbers" / "x.safetensors").write_bytes(b"damaged")
+    maker = threading.Thread(target=lambda: done.append(cached_tensors("numbers", "x", compute)))
+    maker.start()
+    assert making.wait(20)
+    cleaner = threading.Thread(target=lambda: done.append(shrink_cache(0)))
+    cleaner.start()
+    cleaner.join(0.3)
+    assert cleaner.is_alive()
+    go_on.set()
+    maker.join(20)
+    cleaner.join(20)
+    assert len(done) == 2
+    assert done[0]["value"].tolist() == [1, 1, 1]
+    assert not (own_cache / "numbers" / "x.safetensors").exists()

@@ -89,3 +89,24 @@ def test_models(invoke, monkeypatch):
     monkeypatch.setitem(sys.modules, catalog.__name__, catalog)
     assert "minilm" in invoke("models", "list").output
     assert invoke("models", "fetch", "minilm").output == "minilm: cache/minilm\n"
+
+
+def test_the_cache_is_shown_and_shrunk(invoke, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path / "cache"))
+    assert "0.0 MB" in invoke("cache").output
+    for kind, name in (("models", "a"), ("models", "b"), ("embeddings", "c")):
+        (tmp_path / "cache" / kind).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cache" / kind / name).write_bytes(b"0" * 300_000)
+    shown = invoke("cache")
+    assert shown.exit_code == 0
+    assert [line.split()[:2] for line in shown.output.splitlines()[:2]] == [["embeddings", "1"], ["models", "2"]]
+    assert "0.9 MB" in shown.output
+    assert "0.6 MB deleted" in invoke("cache", "--shrink", "0.0004").output
+    assert invoke("cache", "--shrink", "-1").exit_code == 2
+    assert len(list((tmp_path / "cache").glob("*/[abc]"))) == 1
+    monkeypatch.setenv("LLMREC_CACHE_GB", "0")
+    assert invoke("run", "05", "-p", "seeds", "0").exit_code == 1  # wrong parameters: nothing is touched
+    assert len(list((tmp_path / "cache").glob("*/[abc]"))) == 1
+    monkeypatch.setenv("LLMREC_CACHE_GB", "much")
+    refused = invoke("run", "05")
+    assert (refused.exit_code, "'much'" in refused.output) == (2, True)

@@ -59,8 +59,9 @@ def test_small_batches_change_nothing(monkeypatch):
 def test_a_batch_holds_texts_of_one_length_and_few_enough(monkeypatch):
     """Nothing is padded, so that the model needs no mask: each batch is a full rectangle of real tokens."""
     encoder, seen = make(), []
-    forward = encoder._forward
-    monkeypatch.setattr(encoder, "_forward", lambda tokens: seen.append(tokens.tolist()) or forward(tokens))
+    forward = encoder_module.TextEncoder._forward
+    noted = lambda self, tokens: seen.append(tokens.tolist()) or forward(self, tokens)  # noqa: E731
+    monkeypatch.setattr(encoder_module.TextEncoder, "_forward", noted)
     monkeypatch.setattr(encoder_module, "BATCH_TOKENS", 6)
     ids = [[5, 6], [7, 8, 9], [10], [11, 12], [13, 14], [15, 16], [17] * 7]
     embeddings = encoder._embed(ids, False)

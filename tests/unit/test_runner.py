@@ -200,7 +200,7 @@ def test_failed_chapter_is_kept_apart_and_the_others_run(project):
     assert statuses(outcomes) == [("01_first", "failed"), ("02_second", "done")]
     assert "01_first failed in cell 4 with RuntimeError: no luck" in outcomes[0].error
     executed = project / "_build" / "executed"
-    assert sorted(path.name for path in executed.iterdir()) == ["01_first.failed.ipynb", "02_second.ipynb"]
+    assert sorted(path.name for path in executed.glob("[!.]*")) == ["01_first.failed.ipynb", "02_second.ipynb"]
 
 
 def test_dead_kernel_is_a_failure_with_its_cell(project):
