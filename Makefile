@@ -29,7 +29,7 @@ EXECUTED := $(STUDY)/executed
 RESULTS := $(STUDY)/results
 endif
 
-.PHONY: help setup study book test compare agree bench lint clean
+.PHONY: help setup study book test compare agree bench soak lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -69,6 +69,9 @@ agree: $(STAMP) ## compare the published results with another run's: ARGS="resul
 
 bench: $(STAMP) ## measure every performance claim beside its peer into benchmarks/results.json
 	$(PY) -m benchmarks $(ARGS)
+
+soak: $(STAMP) ## kill a small study at over 100 random moments (up to 15 minutes) and compare what comes out; into benchmarks/soak.json
+	$(PY) -m benchmarks.soak $(ARGS)
 
 lint: $(STAMP) ## check style, in notebooks too
 	$(PY) -m ruff check .
