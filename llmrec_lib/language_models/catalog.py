@@ -21,6 +21,13 @@ LanguageModel = tuple[torch.nn.Module, Any]  # a loaded model of transformers an
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "tokenizer.model"]  # nothing that could hold code or a pickle
 _SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    LookupError,
+    ValueError,
+    ImportError,
+)  # what transformers raises for broken folders
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
@@ -131,6 +138,7 @@ def load_causal(name: str, dtype: torch.dtype | None = None) -> LanguageModel:
 
 def _load(kind: str, name: str, dtype: torch.dtype | None) -> LanguageModel:
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     from llmrec_lib.language_models.compress import compress, stored_form
@@ -141,7 +149,7 @@ def _load(kind: str, name: str, dtype: torch.dtype | None) -> LanguageModel:
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **_SAFE}
     try:
         model, report = getattr(transformers, kind).from_pretrained(folder, **options)
-    except (OSError, RuntimeError, SafetensorError, LookupError, ValueError, ImportError) as error:
+    except (*UNREADABLE, SafetensorError, StrictDataclassError) as error:
         raise ValueError(f"{folder} does not hold the whole model that its config.json describes: {error}") from error
     # A BERT's pooler is often left out, and never read here.
     lacking = [key for key in {*report["missing_keys"], *map(str, report["mismatched_keys"])} if "pooler" not in key]
