@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import importlib.util
 import io
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from llmrec_lib import datasets
 from llmrec_lib.datasets import DataError, DataNotFoundError, describe, load_dataset, load_folder
@@ -362,3 +365,122 @@ def test_offline(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "download_urls", lambda: {"shop": "http://127.0.0.1:1/shop.zip"})
     with pytest.raises(FileNotFoundError, match=r"'shop' could not be downloaded.*shop/shop\.inter.*data_dir"):
         load_dataset("shop")
+
+
+ALPHABET = "\t\t\t\n\n\r:,.0123456789abxyz [PAD]_-+enN\0\ufeffé夜\u202e\x1f" + '"'
+LINES = st.lists(st.text(ALPHABET, max_size=12), max_size=5).map("\t".join)
+
+
+def mutated(good: str) -> st.SearchStrategy[bytes]:
+    """A good file with a piece cut out, put in, doubled or replaced, anywhere."""
+    content = good.encode()
+    places = st.tuples(st.integers(0, len(content)), st.integers(0, len(content))).map(sorted)
+    pieces = st.one_of(st.binary(max_size=6), st.text(ALPHABET, max_size=6).map(lambda text: text.encode()))
+    changed = st.builds(lambda at, piece: content[: at[0]] + piece + content[at[1] :], places, pieces)
+    return st.one_of(changed, places.map(lambda at: content + content[at[0] : at[1]]))
+
+
+GOOD = {"inter": INTER + ROWS, "item": ITEM, "user": USER}
+ROW = st.tuples(
+    *[
+        st.sampled_from(good)
+        for good in ("ab", "xyz", ["1", "5", "4.5", "x", "1e5", "nan"], ["1", "150", "0", "-3", "7.25", "z"])
+    ]
+)
+FEW_ROWS = st.lists(ROW.map("\t".join), min_size=1, max_size=6).map(lambda rows: (INTER + "\n".join(rows)).encode())
+ANYTHING = st.lists(LINES, max_size=6).map(lambda rows: "\n".join(rows).encode())
+# One of the files is changed, and the others are good or not there.
+FILES = st.builds(
+    lambda kind, content, absent: {
+        name: content[kind] if name == kind else text.encode()
+        for name, text in GOOD.items()
+        if name in (kind, "inter") or name not in absent
+    },
+    st.sampled_from([*GOOD]),
+    st.fixed_dictionaries(
+        {
+            "inter": st.one_of(FEW_ROWS, mutated(GOOD["inter"]), ANYTHING),
+            "item": st.one_of(mutated(ITEM), ANYTHING),
+            "user": st.one_of(mutated(USER), ANYTHING),
+        }
+    ),
+    st.sets(st.sampled_from(["item", "user"])),
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(files=FILES)
+def test_whatever_the_files_hold_they_are_read_whole_or_refused_with_their_name(tmp_path, files):
+    folder = tmp_path / "shop"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for kind, content in files.items():
+        (folder / f"shop.{kind}").write_bytes(content)
+    try:
+        dataset = load_folder(folder)
+    except DataError as error:
+        assert "shop." in str(error)
+        assert "\n" not in str(error)  # one line, whatever the file holds
+        return
+    rows = files["inter"].decode().lstrip("\ufeff").replace("\r\n", "\n").rstrip("\n").split("\n")[1:]
+    assert 0 < len(dataset.interactions) <= len(rows)
+    for ids, column in ((dataset.user_ids, "user"), (dataset.item_ids, "item")):
+        assert ids[0] == "[PAD]" and len(set(ids)) == len(ids)
+        assert set(dataset.interactions[column]) == set(range(1, len(ids)))
+    written = {tuple(field for field in row.split("\t")) for row in rows}
+    place = [name.split(":")[0] for name in files["inter"].decode().lstrip("\ufeff").split("\n")[0].split("\t")]
+    for user, item in dataset.interactions[["user", "item"]].to_numpy():
+        own = dataset.user_ids[user], dataset.item_ids[item]
+        assert any((row[place.index("user_id")], row[place.index("item_id")]) == own for row in written)
+    assert len(dataset.titles) == dataset.n_items and len(dataset.user_text) == dataset.n_users
+
+
+STRANGE = {
+    "control": "a\x01b\x1bc\x7fd",
+    "long": "long " * 2000,
+    "right to left": "\u202eעברית العربية\u202c",
+    "emoji": "👩‍👩‍👧‍👦 🎬",
+    "html": "<script>alert('x')</script><b>&amp;",
+    "blanks": "  two  blanks   ",
+    "quotes": "\"quoted\" 'and' \\n %s {history}",
+    "suffix": "a; b;; c",
+    "combining": "e\u0301 \u200b\u200b",
+    "nan": "nan",
+    "None": "None",
+    "number": "1e5",
+}
+
+
+def test_strange_texts_and_ids_go_all_the_way(tmp_path, monkeypatch):
+    """From the file to a ranking by text and by likelihood: nothing breaks, ids and titles stay as written."""
+    import torch
+
+    from llmrec_lib.evaluation import evaluate
+    from llmrec_lib.language_models.encoder import TextEncoder
+    from llmrec_lib.llm_based import TitleLikelihoodRecommender, catalogue_likelihood
+    from llmrec_lib.prompts import user_prompts
+    from llmrec_lib.prs_based import embed_items, text_similarity
+    from llmrec_lib.splits import split
+    from tests.unit.tiny_models import tiny_bert, tiny_llama, tiny_tokenizer
+
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path / "cache"))
+    ids = ["00", "0", "nan", "1e5", "NULL", "-0", "1.0", "é", "inf", "#1", "true", "007"]
+    rows = [
+        f"u{user}\t{ids[(user + place) % len(ids)]}\t5\t{place}.{user}\n" for user in range(20) for place in range(6)
+    ]
+    titles = "".join(f"{key}\t{text}\t\t\n" for key, text in zip(ids, STRANGE.values(), strict=True))
+    dataset = load_folder(write(tmp_path, inter=INTER + "".join(rows), item=ITEM.split("\n")[0] + "\n" + titles))
+    assert set(dataset.item_ids[1:]) == set(ids)
+    told = dict(zip(dataset.item_ids[1:], dataset.titles[1:], strict=True))
+    assert told == dict(zip(ids, STRANGE.values(), strict=True))
+    parts = split(dataset, "leave_one_out")
+    for prompt in user_prompts(parts, parts.eval_users("test"), "test"):
+        assert len(prompt) < 6 * 250
+        assert not any(ord(character) < 32 or character in "\u202e\u202c\u200b" for character in prompt)
+    model = tiny_llama(), tiny_tokenizer()
+    likelihood = catalogue_likelihood(parts, model, dtype="float32")
+    by_title = TitleLikelihoodRecommender(parts, likelihood, over="catalogue", progress=False)
+    items = embed_items(parts, TextEncoder((tiny_bert(), tiny_tokenizer()), dtype="float32", max_tokens=64))[0]
+    assert torch.isfinite(items).all()
+    for arm in (by_title, text_similarity(parts, items)):
+        assert 0 <= evaluate(arm, parts, ks=[5]).mean("ndcg@5") <= 1
