@@ -2,7 +2,8 @@
 
 In Markdown: ``{{ run.fusion.best_id_ndcg }}`` is what chapter 06_fusion glued under that name; the directives are
 ``run-figure``, ``run-settings`` and ``run-status``. A name that no chapter glued is a warning, so it stops the build.
-``benchmark-table`` and ``benchmark-growth`` show what `make bench` measured.
+``benchmark-table`` and ``benchmark-growth`` show what `make bench` measured, ``scale-table`` what
+``python -m benchmarks.scale`` did, and ``soak-table`` what `make soak` saw.
 """
 
 from __future__ import annotations
@@ -98,8 +99,8 @@ class _FromRuns(SphinxDirective):
         self.add_name(figure)
         return [figure]
 
-    def benchmarks(self) -> list[dict[str, Any]]:
-        path = Path(self.env.srcdir) / BENCHMARKS
+    def benchmarks(self, file: str = BENCHMARKS) -> Any:
+        path = Path(self.env.srcdir) / file
         self.env.note_dependency(str(path))
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -243,6 +244,34 @@ class BenchmarkGrowth(_FromRuns):
         return self.figure("growth", buffer.getvalue())
 
 
+class ScaleTable(_FromRuns):
+    """``scale-table``: seconds and peak memory of each step at three sizes."""
+
+    def run(self) -> list[nodes.Node]:
+        found = self.benchmarks("benchmarks/scale.json")
+        by_step: dict[str, list[dict[str, Any]]] = {}
+        for row in found["rows"]:
+            by_step.setdefault(row["step"], []).append(row)
+        sizes = [f"{row['users']:,} × {row['items']:,}" for row in next(iter(by_step.values()))]
+        rows = [
+            [step, *(f"{row['seconds']:.3g} s, {row['peak MB'] / 1000:.1f} GB" for row in own)]
+            for step, own in by_step.items()
+        ]
+        table = _table(["step", *sizes], rows)
+        explained = "Peak memory is that of the whole process, libraries (about 0.4 GB), data and models included."
+        return self.markdown(f"{table}\n{explained}\n\n*Measured on:* {_machine(found['machine'])}.")
+
+
+class SoakTable(_FromRuns):
+    """``soak-table``: what the last `make soak` did and found."""
+
+    def run(self) -> list[nodes.Node]:
+        found = dict(self.benchmarks("benchmarks/soak.json"))
+        measured_on = _machine(found.pop("machine"))
+        rows = [[name, value] for name, value in found.items()]
+        return self.markdown(f"{_table(['what', 'how often'], rows)}\n*Measured on:* {measured_on}.")
+
+
 def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
@@ -312,6 +341,8 @@ def setup(app: Any) -> dict[str, bool]:
     app.add_directive("run-status", RunStatus)
     app.add_directive("benchmark-table", BenchmarkTable)
     app.add_directive("benchmark-growth", BenchmarkGrowth)
+    app.add_directive("scale-table", ScaleTable)
+    app.add_directive("soak-table", SoakTable)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
