@@ -19,12 +19,9 @@ SCORES = ("sum", "mean", "prior_corrected")
 
 
 def catalogue_likelihood(
-    split: Split,
-    llm: str | LanguageModel = "smollm2-135m",
-    template: str = "history",
-    titles: Sequence[str] | None = None,
-    **options: Any,
-) -> TitleLikelihood:
+    split: Split, llm: str | LanguageModel = "smollm2-135m", template: str = "history",
+    titles: Sequence[str] | None = None, **options: Any,
+) -> TitleLikelihood:  # fmt: skip
     """A `TitleLikelihood` over the catalogue of a split: items 1 … n_items − 1, spelled as the template's prompts spell them.
 
     Parameters

@@ -35,12 +35,9 @@ def embed_items(split: Split, encoder: TextEncoder, whiten: bool = True) -> tupl
 
 
 def embed_users(
-    split: Split,
-    encoder: TextEncoder,
-    users: Sequence[int],
-    whitening: Whitening | None = None,
+    split: Split, encoder: TextEncoder, users: Sequence[int], whitening: Whitening | None = None,
     needs: StatedNeeds | None = None,
-) -> dict[str, FloatTensor]:
+) -> dict[str, FloatTensor]:  # fmt: skip
     """M(E(U, N)): embeddings of what is known of the users in words, and of what they state, for each phase.
 
     Returns

@@ -173,12 +173,9 @@ class Split:
 
 
 def split(
-    dataset: Dataset,
-    protocol: str = "temporal_ratio",
-    seed: int = 0,
-    ratios: tuple[float, float, float] = (0.8, 0.1, 0.1),
-    test_history: str = "train+valid",
-) -> Split:
+    dataset: Dataset, protocol: str = "temporal_ratio", seed: int = 0,
+    ratios: tuple[float, float, float] = (0.8, 0.1, 0.1), test_history: str = "train+valid",
+) -> Split:  # fmt: skip
     """Divide the interactions into training, validation and test.
 
     ``temporal_ratio``: of each user's events by time, the first 80 % train, the next 10 % validate, the last 10 % test;

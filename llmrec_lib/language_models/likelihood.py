@@ -264,12 +264,9 @@ class TitleLikelihood:
 
 
 def naive_log_likelihood(
-    scorer: TitleLikelihood,
-    prompt: str | Sequence[int],
-    rows: Sequence[int] | None = None,
-    batch_size: int = 1,
+    scorer: TitleLikelihood, prompt: str | Sequence[int], rows: Sequence[int] | None = None, batch_size: int = 1,
     over: str = "vocabulary",
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The reference: prompt and title are read together, for each distinct title anew.
 
     Parameters

@@ -17,16 +17,35 @@ from llmrec_lib.cache import content_key
 
 PACKAGE = Path(llmrec_lib.__file__).parent
 KEY_PACKAGES = ("numpy", "scipy", "pandas", "torch", "transformers", "recbole", "scikit-learn", "optuna")
+IMPORT = re.compile(r"^[ \t]*(?:from|import) (llmrec_lib[\w.]*)(?: import (?:\(([^)]*)\)|(.*)))?", re.MULTILINE)
 # They decide how results are run, drawn and stored, not what a method's numbers are.
 PRESENTATION = ("cli.py", "plotting.", "study/")
 
 
 @functools.cache
-def library_hash(results_only: bool = False) -> str:
-    """Hash of the library's source; with `results_only` of those files alone that can change a method's numbers."""
+def library_hash(results_only: bool = False, used_by: str | None = None) -> str:
+    """Hash of the library's source, the files beside its modules included.
+
+    With `results_only`, of those files alone that can change a method's numbers; with `used_by`, the source text of a notebook,
+    of what it imports and what that imports in turn, anywhere in a file: a change elsewhere then changes nothing.
+    """
     paths = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".yaml", ".mplstyle")]
     files = {path.relative_to(PACKAGE).as_posix(): path for path in paths}
-    return content_key({n: p for n, p in files.items() if not (results_only and n.startswith(PRESENTATION))})
+    kept = {n: p for n, p in files.items() if not (results_only and n.startswith(PRESENTATION))}
+    waiting, needed = _imported(used_by or ""), set()
+    while waiting:
+        place = waiting.pop().removeprefix(PACKAGE.name).strip(".").replace(".", "/")
+        new = {n for n in kept if n.rpartition(".")[0] in (place, f"{place}/__init__".lstrip("/"))} - needed
+        waiting |= {name for n in new for name in _imported(kept[n].read_text(encoding="utf-8"))}
+        needed |= new
+    return content_key({name: path for name, path in kept.items() if name in needed or not needed})
+
+
+def _imported(source: str) -> set[str]:
+    """The library's modules, and perhaps names in them, that a source text imports, with the packages above them."""
+    found = [(module, *re.findall(r"\w+", inside or rest)) for module, inside, rest in IMPORT.findall(source)]
+    names = {".".join(parts) for module, *taken in found for parts in ((module,), *((module, name) for name in taken))}
+    return {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)}
 
 
 @functools.cache

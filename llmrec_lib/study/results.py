@@ -72,9 +72,10 @@ class Study:
         """Result of one method × protocol × seed: read back if computed from the same things before, else computed.
 
         "The same things": the arguments, the study's parameters (without seeds, results_dir, data_dir), the content of
-        data and models, the library's source, package versions, the source text of `compute`, and of the names in it
-        the plain values, arrays and tables, the notebook's own functions (and theirs), the fingerprints of splits and
-        the descriptions of recommenders. Do not name in `compute` a list or dict that grows with each call.
+        data and models, the source of what the notebook imports of the library and of what that imports, package versions,
+        the source text of `compute`, and of the names in it the plain values, arrays and tables, the notebook's own
+        functions (and theirs), the fingerprints of splits and the descriptions of recommenders. Do not name in `compute` a
+        list or dict that grows with each call.
 
         Parameters
         ----------
@@ -92,7 +93,7 @@ class Study:
             {name: value for name, value in self.parameters.items() if name not in (*NOT_IN_A_UNIT, "protocol")},
             self.data.fingerprint,
             self.models,
-            provenance.library_hash(results_only=True),
+            provenance.library_hash(results_only=True, used_by="\n".join(_session_cells()) or None),
             provenance.versions(),
             _what_it_uses(compute),
         )

@@ -129,9 +129,9 @@ def _plan(
             parameters=values,
             changed={name: value for name, value in values.items() if value != known[path.stem][name]},
             stamp={
-                "notebook": _source_hash(path),
+                "notebook": content_key(_cells(path)),
                 "parameters": content_key(values),
-                "library": provenance.library_hash(),
+                "library": provenance.library_hash(used_by="\n".join(source for _, source, _ in _cells(path))),
                 "lock": file_sha256(lock) if lock.exists() else None,
                 "data": data.get(place),
                 "versions": content_key(provenance.versions()),
@@ -144,10 +144,10 @@ def _plan(
     ]
 
 
-def _source_hash(notebook: Path) -> str:
-    """Hash of what a notebook says, without outputs and execution counts."""
+def _cells(notebook: Path) -> list[tuple]:
+    """What a notebook says, without outputs and execution counts: kind, source and tags of each cell."""
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return content_key([(c["cell_type"], "".join(c["source"]), c["metadata"].get("tags", [])) for c in cells])
+    return [(c["cell_type"], "".join(c["source"]), c["metadata"].get("tags", [])) for c in cells]
 
 
 def _out_of_date(job: _Job) -> str:

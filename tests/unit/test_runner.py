@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import nbformat
@@ -245,3 +246,45 @@ def test_dask_gives_what_local_gives(project):
     assert statuses(outcomes) == [("02_second", "done")]
     assert statuses(run(["2"], engine="local")) == [("02_second", "up to date")]
     assert ran(project) == ["ran_2"]
+
+
+def test_a_changed_module_outdates_only_what_imports_it(tmp_path, monkeypatch):
+    """In a copy of the library: a change in one file changes the hashes of those notebooks alone that need the file."""
+    from llmrec_lib.study import provenance
+
+    package = tmp_path / "llmrec_lib"
+    shutil.copytree(provenance.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(provenance, "PACKAGE", package)
+    notebooks = {
+        "recommenders": "from llmrec_lib.baselines import train\nfrom llmrec_lib.study import Study",
+        "fusion": "from llmrec_lib.fusion import (\n    HybridFusion,\n    tune,\n)\nimport llmrec_lib.llm_based",
+        "texts": "from llmrec_lib.language_models import encoder, catalog",
+        "a magic": "%matplotlib inline\nfrom llmrec_lib.evaluation import evaluate",
+        "nothing": "x = 1",
+    }
+
+    def hashes(results_only):
+        provenance.library_hash.cache_clear()
+        return {n: provenance.library_hash(results_only=results_only, used_by=text) for n, text in notebooks.items()}
+
+    def outdated(file, results_only=False):
+        before, path = hashes(results_only), package / file
+        content = path.read_text(encoding="utf-8")
+        path.write_text(content + "\n# another line\n", encoding="utf-8")
+        after = hashes(results_only)
+        path.write_text(content, encoding="utf-8")
+        return {name for name in notebooks if before[name] != after[name]}
+
+    everything = set(notebooks)
+    assert outdated("cache.py") == everything
+    assert outdated("fusion.py") == {"fusion", "nothing"}  # a notebook that imports nothing has the hash of all
+    assert outdated("language_models/finetune.py") == {"fusion", "nothing"}  # by way of llm_based
+    assert outdated("language_models/low_rank.py") == {"fusion", "nothing"}
+    assert outdated("language_models/memorisation.py") == {"nothing"}
+    assert outdated("language_models/encoder.py") == {"fusion", "texts", "nothing"}
+    assert outdated("baselines.yaml") == {"recommenders", "nothing"}
+    assert outdated("evaluation/__init__.py") == everything - {"texts"}
+    assert outdated("plotting.py") == {"nothing"}
+    assert outdated("study/runner.py") == {"recommenders", "fusion", "nothing"}
+    assert outdated("study/runner.py", results_only=True) == set()
+    provenance.library_hash.cache_clear()
