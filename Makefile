@@ -29,7 +29,7 @@ EXECUTED := $(STUDY)/executed
 RESULTS := $(STUDY)/results
 endif
 
-.PHONY: help setup study book test compare agree bench soak lint clean
+.PHONY: help setup study book test compare agree stale bench soak lint clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
@@ -66,6 +66,9 @@ compare: $(STAMP) ## compute every published comparison again from results/*/*/p
 
 agree: $(STAMP) ## compare the published results with another run's: ARGS="results DIR", where DIR holds DATASET/CHAPTER
 	$(PY) book/two_runs.py $(ARGS)
+
+stale: $(STAMP) ## name the published chapters whose sources have changed since, and what changed
+	$(PY) book/stale.py $(ARGS)
 
 bench: $(STAMP) ## measure every performance claim beside its peer into benchmarks/results.json
 	$(PY) -m benchmarks $(ARGS)

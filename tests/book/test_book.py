@@ -238,3 +238,20 @@ def test_nothing_published_names_a_folder_of_a_machine():
     assert len(texts) > 20
     for path, text in texts.items():
         assert not re.search(r"(?<![\w./])/(tmp|home|root|work|Users|mnt)/\w", text), path
+
+
+def test_stale_chapters_are_named_with_what_changed(monkeypatch, capsys):
+    import stale
+
+    monkeypatch.chdir(ROOT)
+    reasons = stale.stale()
+    assert [*reasons] == CHAPTERS
+    parts = {"notebook", "parameters", "library", "lock", "data", "versions"}
+    for reason in reasons.values():
+        changed = reason.removesuffix(" changed").split(", ") if reason.endswith(" changed") else []
+        assert set(changed) <= parts
+        assert reason == "" or changed or reason == "its results were changed or removed"
+    monkeypatch.setattr(stale, "_out_of_date", lambda job: "data changed" if job.chapter == CHAPTERS[1] else "")
+    assert stale.main(strict=False) == 0
+    assert stale.main(strict=True) == 1
+    assert f"{CHAPTERS[0]}: up to date\n{CHAPTERS[1]}: stale (data changed)" in capsys.readouterr().out
