@@ -58,8 +58,9 @@ study: $(STAMP) ## run every chapter at PROFILE's scale and build that book into
 book: $(STAMP) ## build the published book from book/executed into _build/html, running nothing
 	$(PY) book/build_book.py
 
+# Two at a time, each on one core: most of the time goes into notebooks, and those are in files of their own.
 test: $(STAMP) ## run all tests
-	$(PY) -m pytest -q --durations=10 $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q --durations=10 -n 2 --dist loadfile $(ARGS)
 
 compare: $(STAMP) ## compute every published comparison again from results/*/*/per_user.parquet alone
 	$(PY) book/comparisons.py $(ARGS)

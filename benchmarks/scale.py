@@ -78,6 +78,7 @@ def one(step: str, share: float) -> dict:
     work()
     seconds = time.perf_counter() - begin
     size = {"users": dataset.n_users - 1, "items": dataset.n_items - 1, "events": len(dataset.interactions)}
+    size["threads"] = torch.get_num_threads()
     return {"step": step, **size, "seconds": seconds, "peak MB before": before, "peak MB": peak_memory_mb()}
 
 

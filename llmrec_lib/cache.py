@@ -132,7 +132,8 @@ def cached_tensors(kind: str, key: str, compute: Callable[[], dict[str, Tensor]]
         # Damaged from outside (a full disk, a copy cut short), a file is made again.
         with contextlib.suppress(FileNotFoundError, SafetensorError):
             tensors = load_file(path)
-            os.utime(path)  # used just now: `shrink_cache` takes it last
+            with contextlib.suppress(PermissionError):  # of a cache that somebody else has filled
+                os.utime(path)  # used just now: `shrink_cache` takes it last
             return tensors
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
         with atomic_write(path) as temporary:

@@ -254,12 +254,19 @@ class ScaleTable(_FromRuns):
             by_step.setdefault(row["step"], []).append(row)
         sizes = [f"{row['users']:,} × {row['items']:,}" for row in next(iter(by_step.values()))]
         rows = [
-            [step, *(f"{row['seconds']:.3g} s, {row['peak MB'] / 1000:.1f} GB" for row in own)]
+            [
+                step,
+                *(
+                    f"{row['seconds']:.{0 if row['seconds'] > 10 else 1}f} s, {row['peak MB'] / 1000:.1f} GB"
+                    for row in own
+                ),
+            ]
             for step, own in by_step.items()
         ]
         table = _table(["step", *sizes], rows)
         explained = "Peak memory is that of the whole process, libraries (about 0.4 GB), data and models included."
-        return self.markdown(f"{table}\n{explained}\n\n*Measured on:* {_machine(found['machine'])}.")
+        threads = ", ".join(sorted({f"{row['threads']} thread(s)" for row in found["rows"]}))
+        return self.markdown(f"{table}\n{explained}\n\n*Measured on:* {_machine(found['machine'])}, {threads}.")
 
 
 class SoakTable(_FromRuns):
