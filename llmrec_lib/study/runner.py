@@ -166,11 +166,9 @@ def _out_of_date(job: _Job) -> str:
 def _execute(job: _Job) -> ChapterOutcome:
     """Execute one chapter; whatever goes wrong in it is in the outcome, so that the other chapters still run."""
     started = time.monotonic()
-    unfinished = job.target.with_name(f"{job.chapter}.failed.ipynb")
+    unfinished, lock = (job.target.with_name(name.format(job.chapter)) for name in ("{}.failed.ipynb", ".{}.lock"))
     try:
-        with FileLock(
-            job.target.with_name(f".{job.chapter}.lock")
-        ):  # of another run on the same folders, which may have done it
+        with FileLock(lock):  # of another run on the same folders, which may have done it meanwhile
             if not _out_of_date(job):
                 return ChapterOutcome(job.chapter, "up to date", time.monotonic() - started, job.target)
             unfinished.unlink(missing_ok=True)
