@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from llmrec_lib.cache import atomic_write
+from llmrec_lib.cache import atomic_write, cache_dir
 from llmrec_lib.datasets import Dataset, load_dataset
 from llmrec_lib.study.provenance import machine, peak_memory_mb
 
@@ -28,15 +28,17 @@ STEPS = ("split", "encode", "text similarity", "EASE with text", "evaluate EASE 
 
 
 def made_up(n_users: int, n_items: int) -> Dataset:
-    """Users draw items by a Zipf-like popularity; titles are ml-100k's, numbered where they come again."""
+    """Users draw items by a Zipf-like popularity; a title is half of one of ml-100k's and half of another."""
     rng = np.random.default_rng(0)
     popularity = 1 / np.arange(10, n_items + 10)
     drawn = rng.choice(n_items, (n_users, 2 * EVENTS), p=popularity / popularity.sum()) + 1
     events = pd.DataFrame({"user": np.repeat(np.arange(1, n_users + 1), 2 * EVENTS), "item": drawn.ravel()})
     events = events.drop_duplicates().groupby("user").head(EVENTS).reset_index(drop=True)
     events["timestamp"] = rng.integers(0, 10**8, len(events))
-    titles = load_dataset().titles[1:]
-    names = ["", *(f"{titles[item % len(titles)]} {item // len(titles) or ''}".strip() for item in range(n_items))]
+    words = [title.split() for title in load_dataset().titles[1:]]
+    pairs = rng.integers(len(words), size=(n_items, 2))
+    halves = [(words[a][: -(-len(words[a]) // 2)], words[b][len(words[b]) // 2 :]) for a, b in pairs]
+    names = ["", *(" ".join(first + last) for first, last in halves)]
     ids = [np.arange(n + 1).astype(str).astype(object) for n in (n_users, n_items)]
     tables = pd.DataFrame(index=range(n_users + 1)), pd.DataFrame({"title": names})
     about = ({}, {"title": "token_seq"}, *ids, "timestamp", f"made up {n_users} {n_items}")
@@ -94,7 +96,7 @@ def main() -> int:
         for share in SHARES:
             with tempfile.TemporaryDirectory() as cache:  # nothing is read back; but models are fetched once
                 models = Path(cache, "models")
-                models.symlink_to(Path(os.environ["LLMREC_CACHE"], "models").absolute())
+                models.symlink_to((cache_dir() / "models").absolute())
                 command = [sys.executable, "-c", "import sys, json; from benchmarks.scale import one"]
                 command[-1] += "; print(json.dumps(one(sys.argv[1], float(sys.argv[2]))))"
                 environment = os.environ | {"LLMREC_CACHE": cache}
