@@ -98,7 +98,8 @@ def source(tmp_path_factory):
     shutil.copytree(ROOT / "book", root / "book", ignore=shutil.ignore_patterns("executed", "__pycache__"))
     (root / "book/executed").mkdir()
     (root / "benchmarks").mkdir()
-    shutil.copy(ROOT / "benchmarks/results.json", root / "benchmarks")
+    for measured in (ROOT / "benchmarks").glob("*.json"):
+        shutil.copy(measured, root / "benchmarks")
     for name in CHAPTERS:
         nbformat.write(stand_in(name), root / f"book/executed/{name}.ipynb")
     return root
@@ -166,6 +167,19 @@ def test_the_speed_page_shows_each_measurement(html):
         assert re.search(r"\s+".join(map(re.escape, cells)), text), row["name"]
     image = re.search(r'<img alt="Two panels[^"]*" src="([^"]+)"', page.read_text(encoding="utf-8"))
     assert (page.parent / image.group(1)).is_file()
+
+
+@pytest.mark.slow
+def test_the_page_about_scale_shows_each_step_and_what_the_soak_saw(html):
+    text = unescape(words(html / "book/scale.html"))
+    rows = json.loads((ROOT / "benchmarks/scale.json").read_text())["rows"]
+    for step in {row["step"] for row in rows}:
+        own = [row for row in rows if row["step"] == step]
+        cells = [re.escape(step), *(rf"[\d.]+ s, {row['peak MB'] / 1000:.1f} GB" for row in own)]
+        assert len(own) == 3
+        assert re.search(r"\s+".join(cells), text), step
+    soak = json.loads((ROOT / "benchmarks/soak.json").read_text())
+    assert re.search(rf"kills\s+{soak['kills']}\b", text)
 
 
 @pytest.mark.slow
