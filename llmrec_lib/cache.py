@@ -102,14 +102,23 @@ def _update(digest: Any, *parts: Any) -> None:
 
 def cached_folder(folder: Path, make: Callable[[Path], Path]) -> Path:
     """The folder, which appears whole or not at all, made once for all processes: `make` gets an empty folder to work in."""
-    with FileLock(f"{folder}.lock"):  # makes the folder above, where there is none
-        if not folder.is_dir():
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".", ignore_cleanup_errors=True) as work:
-                made = make(Path(work))
-                for path in made.rglob("*"):  # safetensors writes files that only their owner can read
-                    path.chmod(path.stat().st_mode | 0o044)
-                os.replace(made, folder)
+    if not folder.is_dir():
+        with FileLock(f"{folder}.lock"):  # makes the folder above, where there is none
+            temporary = {"dir": folder.parent, "prefix": ".", "ignore_cleanup_errors": True}
+            with tempfile.TemporaryDirectory(**temporary) as work:
+                if not folder.is_dir():
+                    made = make(Path(work))
+                    for path in made.rglob("*"):  # safetensors writes files that only their owner can read
+                        path.chmod(path.stat().st_mode | 0o044)
+                    os.replace(made, folder)
+    _used_now(folder)
     return folder
+
+
+def _used_now(path: Path) -> None:
+    """So that `shrink_cache` takes it last."""
+    with contextlib.suppress(PermissionError):  # of a cache that somebody else has filled
+        os.utime(path)
 
 
 def cached_tensors(kind: str, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -132,8 +141,7 @@ def cached_tensors(kind: str, key: str, compute: Callable[[], dict[str, Tensor]]
         # Damaged from outside (a full disk, a copy cut short), a file is made again.
         with contextlib.suppress(FileNotFoundError, SafetensorError):
             tensors = load_file(path)
-            with contextlib.suppress(PermissionError):  # of a cache that somebody else has filled
-                os.utime(path)  # used just now: `shrink_cache` takes it last
+            _used_now(path)
             return tensors
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in compute().items()}
         with atomic_write(path) as temporary:
@@ -147,7 +155,7 @@ def cache_entries() -> list[tuple[str, Path, int, float]]:
     for path in cache_dir().glob("*/*"):
         if path.suffix != ".lock":
             found = [file.stat() for file in (path.rglob("*") if path.is_dir() else [path])]
-            size, used = sum(one.st_size for one in found), max((one.st_mtime for one in found), default=0.0)
+            size, used = sum(one.st_size for one in found), max(one.st_mtime for one in (path.stat(), *found))
             entries.append((path.parent.name, path, size, used))
     return sorted(entries, key=lambda entry: entry[3])
 
@@ -155,7 +163,8 @@ def cache_entries() -> list[tuple[str, Path, int, float]]:
 def shrink_cache(max_gb: float) -> int:
     """Delete what was not used for longest, until at most `max_gb` · 10⁹ bytes are left; how many bytes went.
 
-    Everything is made or fetched again when it is needed. What another process is making is waited for.
+    Everything is made or fetched again when it is needed. A file that another process is making is waited for; the checkpoint
+    of a training elsewhere may go, so shrink while nothing else runs.
     """
     entries, gone = cache_entries(), 0
     excess = sum(size for _, _, size, _ in entries) - max_gb * 1e9

@@ -13,7 +13,7 @@ def in_shards(function: Callable[[Any, Any], Any], whole: Any, shards: Iterable[
 
     Parameters
     ----------
-    whole : what every shard needs, such as a model; sent to each worker once.
+    whole : what every shard needs, such as a model; sent to each worker once for all shards of a call.
     """
     if not (scheduler := os.environ.get("LLMREC_SCHEDULER")):
         yield from (function(whole, shard) for shard in shards)

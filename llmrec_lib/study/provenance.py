@@ -23,7 +23,7 @@ PRESENTATION = ("cli.py", "plotting.", "study/")
 
 
 @functools.cache
-def library_hash(results_only: bool = False, used_by: str | None = None) -> str:
+def library_hash(results_only: bool = False, used_by: str = "") -> str:
     """Hash of the library's source, the files beside its modules included.
 
     With `results_only`, of those files alone that can change a method's numbers; with `used_by`, the source text of a notebook,
@@ -32,7 +32,7 @@ def library_hash(results_only: bool = False, used_by: str | None = None) -> str:
     paths = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".yaml", ".mplstyle")]
     files = {path.relative_to(PACKAGE).as_posix(): path for path in paths}
     kept = {n: p for n, p in files.items() if not (results_only and n.startswith(PRESENTATION))}
-    waiting, needed = _imported(used_by or ""), set()
+    waiting, needed = _imported(used_by), set()
     while waiting:
         place = waiting.pop().removeprefix(PACKAGE.name).strip(".").replace(".", "/")
         new = {n for n in kept if n.rpartition(".")[0] in (place, f"{place}/__init__".lstrip("/"))} - needed
@@ -43,8 +43,9 @@ def library_hash(results_only: bool = False, used_by: str | None = None) -> str:
 
 def _imported(source: str) -> set[str]:
     """The library's modules, and perhaps names in them, that a source text imports, with the packages above them."""
-    found = [(module, *re.findall(r"\w+", inside or rest)) for module, inside, rest in IMPORT.findall(source)]
-    names = {".".join(parts) for module, *taken in found for parts in ((module,), *((module, name) for name in taken))}
+    names = set()
+    for module, inside, rest in IMPORT.findall(source):
+        names |= {module, *(f"{module}.{name}" for name in re.findall(r"\w+", inside or rest))}
     return {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)}
 
 

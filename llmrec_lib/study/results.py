@@ -93,7 +93,7 @@ class Study:
             {name: value for name, value in self.parameters.items() if name not in (*NOT_IN_A_UNIT, "protocol")},
             self.data.fingerprint,
             self.models,
-            provenance.library_hash(results_only=True, used_by="\n".join(_session_cells()) or None),
+            provenance.library_hash(results_only=True, used_by="\n".join(_session_cells())),
             provenance.versions(),
             _what_it_uses(compute),
         )

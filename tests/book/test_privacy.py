@@ -39,7 +39,7 @@ def test_the_gate_sees_a_user(text):
     assert problems(text)
 
 
-@pytest.mark.parametrize("text", ["<th>users</th>", "943 users", "per user", "1,000 users × 7", "user 1,000 times"[:4]])
+@pytest.mark.parametrize("text", ["<th>users</th>", "943 users", "per user", "1,000 users × 7", "users 1,000 times"])
 def test_the_gate_lets_numbers_of_users_pass(text):
     assert not problems(text)
 

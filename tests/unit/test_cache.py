@@ -227,7 +227,8 @@ def test_the_cache_shrinks_to_what_was_used_last(own_cache):
         os.utime(own_cache / "numbers" / f"{key}.safetensors", (place, place))
     (own_cache / "models" / "tiny").mkdir(parents=True)
     (own_cache / "models" / "tiny" / "weights").write_bytes(b"0" * 1000)
-    os.utime(own_cache / "models" / "tiny" / "weights", (9, 9))
+    for path in (own_cache / "models" / "tiny" / "weights", own_cache / "models" / "tiny"):
+        os.utime(path, (9, 9))
     kept("a")  # read, and so used
     order = [path.name.split(".")[0] for _, path, _, _ in cache_entries()]
     assert order == ["b", "c", "d", "tiny", "a"]
@@ -240,6 +241,17 @@ def test_the_cache_shrinks_to_what_was_used_last(own_cache):
     assert shrink_cache(0) == sizes[-1]
     assert cache_entries() == []
     assert kept("b")["value"].shape == (250,)
+
+
+def test_a_folder_that_is_used_is_not_the_first_to_go(own_cache):
+    """A model is downloaded once and read for months."""
+    make = lambda work: (work / "made").mkdir() or work / "made"  # noqa: E731
+    for place, name in enumerate(("model", "other")):
+        cache.cached_folder(own_cache / "models" / name, make)
+        os.utime(own_cache / "models" / name, (place, place))
+    assert [path.name for _, path, _, _ in cache_entries()] == ["model", "other"]
+    cache.cached_folder(own_cache / "models" / "model", lambda work: pytest.fail("it is there"))
+    assert [path.name for _, path, _, _ in cache_entries()] == ["other", "model"]
 
 
 def test_shrinking_waits_for_what_is_being_made(own_cache):

@@ -61,7 +61,7 @@ def until(happened):
 
 
 def slow_square(folder, number):
-    """Leaves a file with the number of the process that computes it, before and after."""
+    """Leaves a file with the number of the process that begins to compute it."""
     (folder / f"{number}.{os.getpid()}.begun").touch()
     time.sleep(0.3)
     return number**2, os.getpid()
