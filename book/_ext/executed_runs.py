@@ -3,7 +3,7 @@
 In Markdown: ``{{ run.fusion.best_id_ndcg }}`` is what chapter 06_fusion glued under that name; the directives are
 ``run-figure``, ``run-settings`` and ``run-status``. A name that no chapter glued is a warning, so it stops the build.
 ``benchmark-table`` and ``benchmark-growth`` show what `make bench` measured, ``scale-table`` what
-``python -m benchmarks.scale`` did, and ``soak-table`` what `make soak` saw.
+``python -m benchmarks.scale`` did, ``soak-table`` what `make soak` saw, ``gpu-table`` what ``python -m benchmarks.gpu`` did.
 """
 
 from __future__ import annotations
@@ -279,6 +279,37 @@ class SoakTable(_FromRuns):
         return self.markdown(f"{_table(['what', 'how often'], rows)}\n*Measured on:* {measured_on}.")
 
 
+class GpuTable(_FromRuns):
+    """``gpu-table``: seconds on a GPU and on two threads of the processor beside it, and what the whole model reached there."""
+
+    def run(self) -> list[nodes.Node]:
+        found = self.benchmarks("benchmarks/gpu.json")
+        speed = [
+            [
+                f"{row['step']}, {row['variant']}",
+                *(f"{1 / row[where]:,.{0 if row[where] < 0.01 else 2}f}" for where in ("gpu", "cpu")),
+                row["unit"] + "/s",
+                f"**{row['ratio']:.0f} ×**",
+                f"{row['error']:.0e} ({row['what']})",
+            ]
+            for row in found["speed"]
+        ]
+        header = ["what", "GPU", "two threads", "unit", "faster", "difference"]
+        lines = [_table(header, speed), "What the whole model reached (ml-100k, temporal ratio, all users, NDCG@10):\n"]
+        means = found["whole"]["ndcg@10"]
+        against = {row["method"]: row for row in found["whole"]["compared"]}
+        rows = [
+            [
+                f"{'' if 'body' in name else 'fine-tuned, '}{name}",
+                ", ".join(f"{value:.4f}" for value in values),
+                "{relative:+.1%} against {control}, p {p_holm:.4f}".format(**against[name]) if name in against else "–",
+            ]
+            for name, values in means.items()
+        ]
+        lines.append(_table(["method", "each seed", "gain"], rows))
+        return self.markdown("\n".join(lines) + f"\n*Measured on:* {_machine(found['machine'])}.")
+
+
 def _table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
@@ -350,6 +381,7 @@ def setup(app: Any) -> dict[str, bool]:
     app.add_directive("benchmark-growth", BenchmarkGrowth)
     app.add_directive("scale-table", ScaleTable)
     app.add_directive("soak-table", SoakTable)
+    app.add_directive("gpu-table", GpuTable)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 

@@ -15,23 +15,27 @@ from llmrec_lib.language_models import catalog
 from llmrec_lib.language_models._packed import pack_linears
 from llmrec_lib.shards import in_shards
 
-BATCH_TOKENS = 2048  # per forward: enough to fill the cores, small enough for their caches
+BATCH_TOKENS = 2048  # per forward: enough to fill the cores, small enough for their caches; on a GPU 16 times as many
 
 
 def choose_device(device: str) -> torch.device:
-    """ "auto" is the GPU where there is one, else the CPU; everything else is torch's own name of a device."""
-    if device != "auto":
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """ "auto" is the GPU where there is one, else the CPU; everything else is torch's own name of a device.
+
+    With a GPU, attention is no longer computed by cuDNN, in all of the process: it makes a plan for each new shape, and hardly
+    two batches of texts have the same (fine-tuning in bfloat16 on an H200: 9,100 tokens/s with it, 16,500 without).
+    """
+    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if chosen.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return chosen
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """ "auto" is bfloat16 where the processor has instructions for it (AMX, AVX-512 BF16, GPU), else float32."""
-    if dtype == "auto":
-        return torch.bfloat16 if _bfloat16_pays(device) else torch.float32
-    if dtype not in ("float32", "bfloat16"):
+    chosen = dtype if dtype != "auto" else "bfloat16" if _bfloat16_pays(device) else "float32"
+    if chosen not in ("float32", "bfloat16"):
         raise ValueError(f"dtype {dtype!r} must be 'auto', 'float32' or 'bfloat16'")
-    return getattr(torch, dtype)
+    return getattr(torch, chosen)
 
 
 def _bfloat16_pays(device: torch.device) -> bool:
@@ -106,11 +110,12 @@ class TextEncoder:
 
     def _embed(self, ids: list[list[int]], progress: bool) -> Tensor:
         embeddings = torch.zeros(len(ids), self.model.config.hidden_size)
+        budget = BATCH_TOKENS * (1 if self.device.type == "cpu" else 16)
         order = sorted(range(len(ids)), key=lambda row: -len(ids[row]))  # what does not fit into memory fails at once
         batches = [
             batch
             for length, rows in itertools.groupby(order, key=lambda row: len(ids[row]))
-            for batch in torch.tensor(list(rows)).split(max(1, BATCH_TOKENS // length))
+            for batch in torch.tensor(list(rows)).split(max(1, budget // length))
         ]
         tokens = (torch.tensor([ids[row] for row in batch.tolist()]) for batch in batches)
         with tqdm(total=len(ids), desc="embedding", unit="text", disable=not progress) as bar:

@@ -47,8 +47,9 @@ class TitleLikelihood:
         Closes a title; by default that of the prompt templates.
     dtype, device : str
         See `choose_dtype` and `choose_device`.
-    chunk_tokens : int
-        Nodes per forward; with the vocabulary it bounds the memory, and decides no score beyond rounding.
+    chunk_tokens : int, optional
+        Nodes per forward, by default 256 on a CPU and 4,096 elsewhere; with the vocabulary it bounds the memory, and decides no
+        score beyond rounding.
 
     Notes
     -----
@@ -60,11 +61,11 @@ class TitleLikelihood:
 
     def __init__(
         self, model: str | catalog.LanguageModel, titles: Sequence[str], suffix: str = ";", dtype: str = "auto",
-        chunk_tokens: int = 256, device: str = "auto",
+        chunk_tokens: int | None = None, device: str = "auto",
     ) -> None:  # fmt: skip
         if not titles:
             raise ValueError("titles is empty: there is nothing to score")
-        if chunk_tokens < 1:
+        if chunk_tokens is not None and chunk_tokens < 1:
             raise ValueError(f"chunk_tokens is {chunk_tokens}; at least 1 is needed")
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
@@ -72,7 +73,7 @@ class TitleLikelihood:
         self._name = model if isinstance(model, str) else None
         self.model = loaded.to(device=self.device, dtype=self.dtype).eval()
         pack_linears(self.model)
-        self.chunk_tokens = chunk_tokens
+        self.chunk_tokens = chunk_tokens or (256 if self.device.type == "cpu" else 4096)
         self._read_titles(titles, suffix)
         renamed = "cache" in inspect.signature(self.model.forward).parameters  # within transformers 5
         self._cache_argument = "cache" if renamed else "past_key_values"

@@ -183,6 +183,17 @@ def test_the_page_about_scale_shows_each_step_and_what_the_soak_saw(html):
 
 
 @pytest.mark.slow
+def test_the_page_about_speed_shows_what_a_gpu_changes(html):
+    text = unescape(words(html / "book/speed.html"))
+    found = json.loads((ROOT / "benchmarks/gpu.json").read_text())
+    for row in found["speed"]:
+        step, ratio = re.escape(f"{row['step']}, {row['variant']}"), f"{row['ratio']:.0f}"
+        assert re.search(rf"{step}\s+[\d.,]+\s+[\d.,]+\s+{row['unit']}/s\s+{ratio} ×", text), step
+    for name, values in found["whole"]["ndcg@10"].items():
+        assert re.search(rf"{re.escape(name)}\s+{', '.join(f'{value:.4f}' for value in values)}", text), name
+
+
+@pytest.mark.slow
 def test_pages_need_no_network(html):
     if importlib.util.find_spec(executed_runs.MATHJAX_PACKAGE) is None:
         pytest.skip("formulas need the package sphinx-mathjax-offline")
