@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -160,3 +161,20 @@ while not list(folder.glob(f"*.{pid}.begun")):
     time.sleep(0.05)
 os.kill(int(pid), signal.SIGKILL)
 """
+
+
+@pytest.mark.slow
+def test_seeds_of_a_chapter_are_trained_by_the_workers(cluster, tmp_path, monkeypatch):
+    address, _ = cluster
+    monkeypatch.chdir(tmp_path)
+    scale = {"methods": ["pop", "sasrec"], "seeds": 2, "max_epochs": 1, "max_users": 40}
+    places = {"profile": "test", "parameters": scale, "notebooks_dir": ROOT / "notebooks"}
+    there = run(["02"], engine="dask", scheduler=address, results_dir="there", executed_dir="there", **places)
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path / "cache"))
+    here = run(["02"], results_dir="here", executed_dir="here", **places)
+    assert statuses(there) == statuses(here) == [("02_baselines", "done")], [
+        outcome.error for outcome in (*there, *here)
+    ]
+    tables = [pd.read_csv(tmp_path / where / "ml-100k/02_baselines/metrics.csv") for where in ("there", "here")]
+    assert set(tables[0]["seed"]) == {0, 1}
+    pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in tables), rtol=1e-3)
