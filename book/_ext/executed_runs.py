@@ -3,7 +3,8 @@
 In Markdown: ``{{ run.fusion.best_id_ndcg }}`` is what chapter 06_fusion glued under that name; the directives are
 ``run-figure``, ``run-settings`` and ``run-status``. A name that no chapter glued is a warning, so it stops the build.
 ``benchmark-table`` and ``benchmark-growth`` show what `make bench` measured, ``scale-table`` what
-``python -m benchmarks.scale`` did, ``soak-table`` what `make soak` saw, ``gpu-table`` what ``python -m benchmarks.gpu`` did.
+``python -m benchmarks.scale`` did, ``soak-table`` what `make soak` saw, ``gpu-table`` and ``gpu-whole`` what
+``python -m benchmarks.gpu`` did, ``whole-model`` what ``python -m benchmarks.whole`` found.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from docutils import nodes
 from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
@@ -280,11 +282,11 @@ class SoakTable(_FromRuns):
 
 
 class GpuTable(_FromRuns):
-    """``gpu-table``: seconds on a GPU and on two threads of the processor beside it, and what the whole model reached there."""
+    """``gpu-table``: rates on a GPU and on two threads of the processor beside it."""
 
     def run(self) -> list[nodes.Node]:
         found = self.benchmarks("benchmarks/gpu.json")
-        speed = [
+        rows = [
             [
                 f"{row['step']}, {row['variant']}",
                 *(f"{1 / row[where]:,.{0 if row[where] < 0.01 else 2}f}" for where in ("gpu", "cpu")),
@@ -294,20 +296,86 @@ class GpuTable(_FromRuns):
             ]
             for row in found["speed"]
         ]
-        header = ["what", "GPU", "two threads", "unit", "faster", "difference"]
-        lines = [_table(header, speed), "What the whole model reached (ml-100k, temporal ratio, all users, NDCG@10):\n"]
-        means = found["whole"]["ndcg@10"]
+        table = _table(["what", "GPU", "two threads", "unit", "faster", "difference"], rows)
+        return self.markdown(f"{table}\n*Measured on:* {_machine(found['machine'])}.")
+
+
+class GpuWhole(_FromRuns):
+    """``gpu-whole``: what all layers of the model reached on a GPU, by seed, and the gain over each method's control."""
+
+    def run(self) -> list[nodes.Node]:
+        found = self.benchmarks("benchmarks/gpu.json")
         against = {row["method"]: row for row in found["whole"]["compared"]}
+        gain = "{relative:+.1%} against {control}, p {p_holm:.4f}"
         rows = [
-            [
-                f"{'' if 'body' in name else 'fine-tuned, '}{name}",
-                ", ".join(f"{value:.4f}" for value in values),
-                "{relative:+.1%} against {control}, p {p_holm:.4f}".format(**against[name]) if name in against else "–",
-            ]
-            for name, values in means.items()
+            [name, ", ".join(f"{one:.4f}" for one in values), gain.format(**against[name]) if name in against else "–"]
+            for name, values in found["whole"]["ndcg@10"].items()
         ]
-        lines.append(_table(["method", "each seed", "gain"], rows))
-        return self.markdown("\n".join(lines) + f"\n*Measured on:* {_machine(found['machine'])}.")
+        table = _table(["histories, or body", "NDCG@10 of each seed", "gain"], rows)
+        best = max(
+            (row for row in against.values() if row["control"] == "unchanged copies"), key=lambda row: row["relative"]
+        )
+        spread = max(
+            max(values) / min(values) - 1 for name, values in found["whole"]["ndcg@10"].items() if "body" in name
+        )
+        answer = (
+            f"A second pass through the same histories changes NDCG@10 by {against['unchanged copies']['relative']:+.1%}; the best "
+            f"of the changed copies, {best['method']}, by {best['relative']:+.1%} beyond that (p {best['p_holm']:.4f}). "
+            f"The same body with another seed differs by up to {spread:.1%}."
+        )
+        return self.markdown(f"{table}\n*Measured on:* {_machine(found['machine'])}.\n\n{answer}")
+
+
+class WholeModel(_FromRuns):
+    """``whole-model``: the answer of ``python -m benchmarks.whole``, its gains as a figure, and the table of all systems."""
+
+    has_content = True
+    option_spec = {"alt": directives.unchanged_required, "name": directives.unchanged}
+
+    def run(self) -> list[nodes.Node]:
+        from matplotlib import style
+        from matplotlib.figure import Figure
+
+        from llmrec_lib.plotting import STYLE, gain_plot
+
+        found = self.benchmarks("benchmarks/whole.json")
+        compared = pd.DataFrame(found["compared"]).set_index("comparison")
+        with style.context(STYLE):
+            drawn = Figure(figsize=(8, 1.6 + 0.34 * len(compared)))
+            gain_plot(compared, drawn.subplots())
+        buffer = io.BytesIO()
+        drawn.savefig(buffer, format="png", dpi=2 * drawn.dpi)
+        rows = [
+            [row["method"], f"{row['value']:.4f}", f"{row['low']:.4f} to {row['high']:.4f}"] for row in found["means"]
+        ]
+        table = _table(["system", "NDCG@10", "95 % interval"], sorted(rows, key=lambda row: row[1], reverse=True))
+        machine = f"\n*Measured on:* {_machine(found['machine'])}."
+        return [
+            *self.markdown(_whole_answer(found, compared)),
+            *self.figure("whole", buffer.getvalue()),
+            *self.markdown(table + machine),
+        ]
+
+
+def _whole_answer(found: dict[str, Any], compared: pd.DataFrame) -> str:
+    def judged(name: str) -> str:
+        row = compared.loc[name]
+        word = ("above" if row.difference > 0 else "below") if row.significant else "not significantly different from"
+        sure = "significantly " if row.significant else ""
+        return f"{sure}{word} {row.b} ({row.mean_b:.4f}, p {row.p_holm:.4f})"
+
+    def gain(name: str) -> str:
+        row = compared.loc[name]
+        return f"{row.relative:+.1%} ({row.mean_a:.4f} against {row.mean_b:.4f}, p {row.p_holm:.4f})"
+
+    last = found["curve"][-1]
+    return (
+        f"After {last['epoch']:.0f} epochs of all {found['layers']} layers ({last['tokens'] / 1e6:.1f} million tokens, "
+        f"{last['seconds'] / 3600:.1f} hours at {found['tokens_per_second']:.0f} tokens per second) the language model alone "
+        f"has NDCG@10 {compared.loc['LM against sasrec'].mean_a:.4f}: {judged('LM against sasrec')}, {judged('LM against gru4rec')}. "
+        f"The best ID-only system gains {gain('ID + LM against ID')} with it. Against the same with ItemKNN as a further arm in its "
+        f"place the difference is {gain('ID + LM against ID + itemknn')}, against sentence embeddings {gain('ID + LM against ID + text')}."
+    )
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -382,6 +450,8 @@ def setup(app: Any) -> dict[str, bool]:
     app.add_directive("scale-table", ScaleTable)
     app.add_directive("soak-table", SoakTable)
     app.add_directive("gpu-table", GpuTable)
+    app.add_directive("gpu-whole", GpuWhole)
+    app.add_directive("whole-model", WholeModel)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
