@@ -23,7 +23,7 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 import yaml
-from torch import FloatTensor, LongTensor
+from torch import FloatTensor, LongTensor, Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -88,7 +88,7 @@ def model_names() -> list[str]:
 
 
 @functools.lru_cache
-def _model_class(name: str, all_positions: bool) -> type[torch.nn.Module]:
+def _model_class(name: str, all_positions: bool) -> type[nn.Module]:
     """RecBole's model class; with `all_positions`, a subclass whose loss is a full softmax at every position of a window."""
     from recbole.utils import get_model
 
@@ -97,9 +97,7 @@ def _model_class(name: str, all_positions: bool) -> type[torch.nn.Module]:
     base = get_model(name)
     torch.autograd.set_detect_anomaly(False)
     if all_positions and name not in _CAUSAL:
-        raise ValueError(
-            f"all_positions needs a model that sees only earlier items; {name} is not one of {', '.join(_CAUSAL)}"
-        )
+        raise ValueError(f"all_positions needs a model that sees only earlier items: {', '.join(_CAUSAL)}, not {name}")
     return _at_every_position(base) if all_positions else base
 
 
@@ -113,10 +111,10 @@ def _at_every_position(base: type) -> type:
         _gather = True
         augmentation: Augmentation | None = None
 
-        def gather_indexes(self, output: torch.Tensor, gather_index: torch.Tensor) -> torch.Tensor:
+        def gather_indexes(self, output: Tensor, gather_index: Tensor) -> Tensor:
             return super().gather_indexes(output, gather_index) if self._gather else output
 
-        def calculate_loss(self, interaction: Any) -> torch.Tensor:
+        def calculate_loss(self, interaction: Any) -> Tensor:
             sequence, length, targets = (interaction[field] for field in (SEQ, SEQ_LEN, TARGETS))
             self._gather = False
             try:
@@ -129,7 +127,7 @@ def _at_every_position(base: type) -> type:
             weight = self.augmentation.views if self.augmentation else 0.0
             return loss + weight * self._contrast(sequence, length) if weight else loss
 
-        def _contrast(self, sequence: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        def _contrast(self, sequence: Tensor, length: Tensor) -> Tensor:
             """The contrastive loss between two augmented views of each window of the batch."""
             windows = [row[:n] for row, n in zip(sequence.cpu().numpy(), length.tolist(), strict=True)]
             views = []
@@ -240,6 +238,43 @@ def windows(split: Split, max_length: int, augmentation: Augmentation | None = N
     return pd.DataFrame(rows, columns=[UID, SEQ, SEQ_LEN, IID, TARGETS])
 
 
+class ItemTable(nn.Module):
+    """One vector per item: learned, or projected from the item's text (rows of length 1, which stay), or the sum of both.
+
+    In the place of an ``nn.Embedding``; each part begins with numbers of deviation `std`.
+    """
+
+    def __init__(self, n_items: int, size: int, texts: FloatTensor | None, learned: bool, std: float) -> None:
+        super().__init__()
+        self.ids = nn.Embedding(n_items, size) if learned else None
+        self.project = None if texts is None else nn.Linear(texts.shape[1], size)
+        self.register_buffer("texts", texts, persistent=False)
+        for part in filter(None, (self.ids, self.project)):
+            nn.init.normal_(part.weight, std=std)
+
+    def forward(self, items: LongTensor) -> FloatTensor:
+        """Items [...] -> vectors [..., size]."""
+        text = 0.0 if self.project is None else self.project(self.texts[items])
+        return text if self.ids is None else self.ids(items) + text
+
+    @property
+    def weight(self) -> FloatTensor:
+        """The table of all items, [n_items, size]."""
+        text = 0.0 if self.project is None else self.project(self.texts)
+        return text if self.ids is None else self.ids.weight + text
+
+
+def unit_rows(embeddings: FloatTensor | None, n_items: int) -> FloatTensor:
+    """Rows of length 1, PAD zero."""
+    shape = tuple(embeddings.shape) if embeddings is not None else ()
+    if len(shape) != 2 or shape[0] != n_items:
+        raise ValueError(f"vectors of items are {shape or None}; this data set needs ({n_items}, d)")
+    if not torch.isfinite(embeddings[1:]).all():
+        raise ValueError("vectors of items hold NaN or infinite values")
+    rows = nn.functional.pad(embeddings[1:].detach().float().cpu(), (0, 0, 1, 0))
+    return nn.functional.normalize(rows, dim=1)
+
+
 def build(model_name: str | type, split: Split, settings: dict, seed: int) -> SimpleNamespace:
     """Make RecBole's config, datasets, training loader and model for a split. Call inside `contained`.
 
@@ -248,7 +283,7 @@ def build(model_name: str | type, split: Split, settings: dict, seed: int) -> Si
     model_name : a RecBole model such as "LightGCN"; or a class of our own, whose settings must then all be given.
     settings : dict
         RecBole parameters; and ``all_positions`` (bool) and ``augmentation`` (`Augmentation`) of sequential models,
-        ``item_columns`` (list) of context-aware ones.
+        ``item_columns`` (list) of context-aware ones, ``item_vectors`` (FloatTensor [n_items, d]) to add to learned ones.
 
     Returns
     -------
@@ -262,7 +297,7 @@ def build(model_name: str | type, split: Split, settings: dict, seed: int) -> Si
 
     settings = dict(settings)
     all_positions, item_columns = settings.pop("all_positions", False), settings.pop("item_columns", [])
-    augmentation = settings.pop("augmentation", None)
+    augmentation, vectors = settings.pop("augmentation", None), settings.pop("item_vectors", None)
     if augmentation and not all_positions:
         raise ValueError(f"augmentation is for models trained with all_positions: {', '.join(_CAUSAL)}, the backbone")
     if isinstance(model_name, str):
@@ -286,6 +321,11 @@ def build(model_name: str | type, split: Split, settings: dict, seed: int) -> Si
     samplers = create_samplers(config, dataset, datasets)
     loader = TrainDataLoader(config, datasets[0], samplers[0], shuffle=config["shuffle"])
     model = cls(config, loader._dataset).to(config["device"])
+    if vectors is not None:
+        if not hasattr(model, "item_embedding"):
+            raise ValueError(f"item_vectors are for models with a vector for each item; {model_name} has none")
+        std, shape = float(model.item_embedding.weight.std()), model.item_embedding.weight.shape
+        model.item_embedding = ItemTable(*shape, unit_rows(vectors, shape[0]), True, std).to(config["device"])
     if augmentation:
         model.augmentation, model.augmentation_rng = augmentation, np.random.default_rng(seed)
         model.trained_items = np.flatnonzero(split.item_counts)
@@ -302,7 +342,7 @@ def make_trainer(built: SimpleNamespace, model_name: str, validate: Callable[[],
     from recbole.utils import get_trainer
 
     class SplitTrainer(get_trainer(built.config["MODEL_TYPE"], model_name)):
-        best_state: dict[str, torch.Tensor] | None = None
+        best_state: dict[str, Tensor] | None = None
 
         def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
             if hasattr(self.model, "parameter_groups"):  # what is trained, and at which learning rates
@@ -325,7 +365,7 @@ def make_trainer(built: SimpleNamespace, model_name: str, validate: Callable[[],
 
         def get_data_struct(self) -> Any:
             found = self.data_struct._data_dict
-            found |= {key: value.cpu() for key, value in found.items() if isinstance(value, torch.Tensor)}
+            found |= {key: value.cpu() for key, value in found.items() if isinstance(value, Tensor)}
             struct = copy.deepcopy(self.data_struct)
             for key in ("rec.topk", "rec.meanrank", "rec.score", "rec.items", "data.label"):  # of one evaluation
                 found.pop(key, None)
@@ -339,9 +379,7 @@ def make_trainer(built: SimpleNamespace, model_name: str, validate: Callable[[],
     return trainer
 
 
-def fit(
-    model_name: str | type, split: Split, settings: dict, seed: int, progress: bool = True
-) -> dict[str, torch.Tensor]:
+def fit(model_name: str | type, split: Split, settings: dict, seed: int, progress: bool = True) -> dict[str, Tensor]:
     """Train a RecBole model with RecBole's trainer; stop by masked NDCG@10 on validation.
 
     Returns
@@ -377,9 +415,7 @@ def fit(
         return {**state, "valid_curve": torch.tensor(curve), "epochs": torch.tensor(len(trainer.train_loss_dict))}
 
 
-def restore(
-    model_name: str | type, split: Split, settings: dict, seed: int, state: dict[str, torch.Tensor]
-) -> torch.nn.Module:
+def restore(model_name: str | type, split: Split, settings: dict, seed: int, state: dict[str, Tensor]) -> nn.Module:
     """The trained RecBole model (general, sequential, context-aware) from what `fit` returned."""
     state = {name: tensor for name, tensor in state.items() if name not in ("valid_curve", "epochs")}
     with contained(seed):
@@ -391,7 +427,7 @@ def restore(
         return model.eval()
 
 
-def linear_weights(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
+def linear_weights(model: nn.Module) -> dict[str, Tensor] | None:
     """S of the models that score ``h_u S`` (ItemKNN, EASE, SLIMElastic), for `similarity_from`; else None."""
     weights = getattr(model, "w" if type(model).__name__ == "ItemKNN" else "item_similarity", None)
     if weights is None:
@@ -399,14 +435,11 @@ def linear_weights(model: torch.nn.Module) -> dict[str, torch.Tensor] | None:
     if not sp.issparse(weights):
         return {"dense": torch.from_numpy(np.ascontiguousarray(weights, dtype=np.float32))}
     weights = sp.csr_matrix(weights)
-    places = {
-        "columns": torch.from_numpy(weights.indices).long(),
-        "row_starts": torch.from_numpy(weights.indptr).long(),
-    }
-    return {"values": torch.from_numpy(weights.data).float(), **places}
+    at = {"columns": torch.from_numpy(weights.indices).long(), "row_starts": torch.from_numpy(weights.indptr).long()}
+    return {"values": torch.from_numpy(weights.data).float(), **at}
 
 
-def similarity_from(state: dict[str, torch.Tensor], n_items: int) -> torch.Tensor | sp.csr_matrix:
+def similarity_from(state: dict[str, Tensor], n_items: int) -> Tensor | sp.csr_matrix:
     """The item–item weights that `fit` returned for a linear model, [n_items, n_items]."""
     if "dense" in state:
         return state["dense"]
@@ -414,7 +447,7 @@ def similarity_from(state: dict[str, torch.Tensor], n_items: int) -> torch.Tenso
     return sp.csr_matrix(tuple(parts), shape=(n_items, n_items))
 
 
-def full_sort_scores(model: torch.nn.Module, split: Split, users: LongTensor, phase: str) -> FloatTensor:
+def full_sort_scores(model: nn.Module, split: Split, users: LongTensor, phase: str) -> FloatTensor:
     """Scores [B, n_items] of a RecBole model; sequential models read the histories of `phase`."""
     from recbole.data.interaction import Interaction
     from recbole.utils import ModelType
@@ -442,7 +475,7 @@ def _sequences(split: Split, users: LongTensor, phase: str, max_length: int) -> 
     return {SEQ: sequences, SEQ_LEN: lengths}
 
 
-def _score_all_items(model: torch.nn.Module, user: torch.Tensor, split: Split, device: torch.device) -> torch.Tensor:
+def _score_all_items(model: nn.Module, user: Tensor, split: Split, device: torch.device) -> Tensor:
     """A context-aware model predicts pairs: one user with every item and its features."""
     from recbole.data.interaction import Interaction
 
@@ -450,7 +483,7 @@ def _score_all_items(model: torch.nn.Module, user: torch.Tensor, split: Split, d
     return model.predict(Interaction({UID: user.expand(split.dataset.n_items).to(device), **features}))
 
 
-def wrap(recommender: Recommender) -> torch.nn.Module:
+def wrap(recommender: Recommender) -> nn.Module:
     """A recommender as a RecBole `GeneralRecommender` without trainable parts (``ModelType.TRADITIONAL``)."""
     from recbole.model.abstract_recommender import GeneralRecommender
     from recbole.utils import InputType, ModelType
@@ -460,21 +493,21 @@ def wrap(recommender: Recommender) -> torch.nn.Module:
         input_type = InputType.POINTWISE
 
         def __init__(self) -> None:
-            torch.nn.Module.__init__(self)
+            nn.Module.__init__(self)
             self.n_users, self.n_items = recommender.n_users, recommender.n_items
             self.recommender, self.phase = recommender, recommender.phase
-            self.no_parameter = torch.nn.Parameter(torch.zeros(1))
+            self.no_parameter = nn.Parameter(torch.zeros(1))
 
-        def calculate_loss(self, interaction: Any) -> torch.Tensor:
-            return torch.nn.Parameter(torch.zeros(1))
+        def calculate_loss(self, interaction: Any) -> Tensor:
+            return nn.Parameter(torch.zeros(1))
 
-        def full_sort_predict(self, interaction: Any) -> torch.Tensor:
+        def full_sort_predict(self, interaction: Any) -> Tensor:
             return recommender.score(interaction[UID].cpu()).view(-1)
 
     return Wrapped()
 
 
-def judge(model: torch.nn.Module, split: Split, metrics: list[str], ks: list[int]) -> Callable[[], dict[str, float]]:
+def judge(model: nn.Module, split: Split, metrics: list[str], ks: list[int]) -> Callable[[], dict[str, float]]:
     """RecBole's own ``Trainer.evaluate``, ready to be called, for a model from `to_recbole`: full ranking, RecBole's masking.
 
     Returns

@@ -41,7 +41,9 @@ def train(name: str, split: Split, seed: int = 0, *, progress: bool = True, **se
     name : a key of `BASELINES`, such as "ease".
     split : Split
     seed : seeds initialisation, sampling and batch order.
-    **settings : RecBole parameters that replace the tuned ones, such as ``epochs=5``.
+    **settings : RecBole parameters that replace the tuned ones, such as ``epochs=5``; and for models with a vector for each item
+        (BPR, LightGCN, GRU4Rec, SASRec) ``item_vectors`` [n_items, d], such as whitened embeddings of the texts from `embed_items`:
+        early fusion, each item's vector is the learned one plus a learned projection of the given one, which stays as it is.
 
     Returns
     -------
@@ -75,11 +77,7 @@ def _token_columns(split: Split) -> list[str]:
     """Item columns that a factorisation machine can use as features; a column of distinct ids says nothing new."""
     items = split.dataset.items.iloc[1:]
     kinds = split.dataset.item_columns
-    return [
-        name
-        for name in items
-        if kinds[name] == "token_seq" or (kinds[name] == "token" and items[name].nunique() < len(items))
-    ]
+    return [n for n in items if kinds[n] == "token_seq" or kinds[n] == "token" and items[n].nunique() < len(items)]
 
 
 def tfidf_similarity(split: Split, min_df: int = 1, neighbours: int = 100) -> sp.csr_matrix:

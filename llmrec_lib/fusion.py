@@ -64,13 +64,7 @@ def reciprocal_rank(scores: FloatTensor, k: int = 60) -> FloatTensor:
 
 
 N_TOP, N_RANDOM = 100, 200  # items that stand for all of a user's in `LearnedFusion`
-NORMALISERS: dict[str, Callable[[FloatTensor], FloatTensor]] = {
-    "z": z_score,
-    "log_z": log_z,
-    "minmax": min_max,
-    "borda": borda,
-    "rrf": reciprocal_rank,
-}
+NORMALISERS = {"z": z_score, "log_z": log_z, "minmax": min_max, "borda": borda, "rrf": reciprocal_rank}
 
 
 class _Fusion(Recommender):
@@ -126,7 +120,7 @@ class HybridFusion(_Fusion):
         fused = torch.zeros(len(users), self.n_items)
         for position, scores in enumerate(self.comparable(users, self.rule)):
             fused += torch.where(torch.isfinite(scores), per_user[:, position, None] * scores, -torch.inf)
-        return _unmasked(fused)
+        return masked_last(fused)
 
 
 class ParallelFusion(HybridFusion):
@@ -224,7 +218,7 @@ class LearnedFusion(_Fusion):
         for place, scores in enumerate(self.comparable(users, self.rule)):
             weight = items @ of_items[:, place] + (people @ of_users[:, place])[:, None]
             fused += torch.where(torch.isfinite(scores), weight * scores, -torch.inf)
-        return _unmasked(fused)
+        return masked_last(fused)
 
 
 def item_gates(split: Split, phase: str) -> FloatTensor:
@@ -300,8 +294,8 @@ class SequentialFusion(_Fusion):
             best = torch.sort(total, dim=1, descending=True, stable=True).indices[:, :n_next]
             kept, total = kept.gather(1, best), total.gather(1, best)
         # Candidates first, in their accumulated order; everything else behind them, in the retriever's order.
-        self_order = _unmasked(z_score(accumulated))
-        total = _unmasked(total)  # where less than n_candidates items are unseen, masked ones are among the kept
+        self_order = masked_last(z_score(accumulated))
+        total = masked_last(total)  # where less than n_candidates items are unseen, masked ones are among the kept
         lift = (self_order.amax(dim=1, keepdim=True) - total.amin(dim=1, keepdim=True)).clamp(min=0) + 1.0
         return self_order.scatter(1, kept, total + lift), kept
 
@@ -309,7 +303,7 @@ class SequentialFusion(_Fusion):
         return self._run(users, len(self.arms) - 1)[0]
 
 
-def _unmasked(scores: FloatTensor) -> FloatTensor:
+def masked_last(scores: FloatTensor) -> FloatTensor:
     """Put masked items below all others with a finite value, so that a fusion can be an arm of another one."""
     finite = torch.isfinite(scores)
     floor = torch.where(finite, scores, torch.inf).amin(dim=1, keepdim=True)

@@ -1,16 +1,19 @@
 """LLM-based methods, ``S = f(M(E(U, I, N)))``: item scores come out of the language model's own output distribution."""
 
 from collections.abc import Sequence
+from string import ascii_uppercase
 from typing import Any
 
 import torch
 from torch import FloatTensor, LongTensor
+from tqdm import tqdm
 
-from llmrec_lib.evaluation import evaluate
+from llmrec_lib.evaluation.evaluate import evaluate, mask_seen, tie_order, top_k
+from llmrec_lib.fusion import masked_last
 from llmrec_lib.language_models.catalog import LanguageModel
 from llmrec_lib.language_models.compress import shorten
 from llmrec_lib.language_models.finetune import FineTuned, finetune
-from llmrec_lib.language_models.likelihood import TitleLikelihood
+from llmrec_lib.language_models.likelihood import TitleLikelihood, logits_after
 from llmrec_lib.prompts import StatedNeeds, get_template, item_titles, user_prompts
 from llmrec_lib.recommender import Recommender
 from llmrec_lib.splits import Split
@@ -80,6 +83,56 @@ class TitleLikelihoodRecommender(Recommender):
         elif self.rule == "prior_corrected":
             sums = sums - self.prior_weight * self.likelihood.prior(self.over)
         return torch.cat([sums.amin(dim=1, keepdim=True) - 1.0, sums], dim=1)  # PAD first
+
+
+class LetterRecommender(Recommender):
+    """Shows the model another recommender's best unseen items as a list with letters, and asks for the letter of the next one.
+
+    One forward for a whole list. An item's score is log p of its letter among the letters shown, averaged over shuffled lists,
+    since models prefer some letters and places. What is not shown shares the lowest score: put it behind the same retriever in
+    a `SequentialFusion` with as many candidates.
+
+    Sources: Schick & Schütze 2021, "Exploiting Cloze Questions for Few Shot Text Classification and Natural Language Inference"
+    (letters as a verbaliser); Hou et al. 2024, "Large Language Models are Zero-Shot Rankers for Recommender Systems".
+
+    Parameters
+    ----------
+    likelihood : TitleLikelihood
+        Lends its model, tokenizer and titles; from `catalogue_likelihood`, with the same template.
+    n_shown : items in a list, 2 to 26.
+    n_orders : lists for each user.
+    """
+
+    def __init__(
+        self, retriever: Recommender, likelihood: TitleLikelihood, n_shown: int = 20, n_orders: int = 4,
+        template: str = "history", name: str | None = None, progress: bool = True,
+    ) -> None:  # fmt: skip
+        if not 2 <= n_shown <= len(ascii_uppercase):
+            raise ValueError(f"n_shown is {n_shown}; there are letters for 2 to {len(ascii_uppercase)} items")
+        super().__init__(retriever.split, name or f"letters ({retriever.name})")
+        self.retriever, self.likelihood, self.template = retriever, likelihood, template
+        self.n_shown, self.n_orders, self._progress = n_shown, n_orders, progress
+
+    def score(self, users: LongTensor) -> FloatTensor:
+        masked = mask_seen(self.retriever.at(self.phase).score(users).float().clone(), self.split, users, self.phase)
+        best = top_k(masked, min(self.n_shown, self.n_items - 1), tie_order(self.n_items))
+        titles, generator, asked = ["", *self.likelihood.titles], torch.Generator(), []
+        prompts = user_prompts(self.split, users.numpy(), self.phase, self.template, titles)
+        for row, (user, prompt) in enumerate(zip(users.tolist(), prompts, strict=True)):
+            generator.manual_seed(user)  # the same lists, whoever else is in the batch
+            for _ in range(self.n_orders):
+                items = best[row, torch.randperm(best.shape[1], generator=generator)]
+                listed = "".join(f"\n{x}: {titles[i]}" for x, i in zip(ascii_uppercase, items.tolist(), strict=False))
+                text = f"{prompt}\nOne of these comes next:{listed}\nIts letter is"
+                asked.append((row, items, self.likelihood.prompt_tokens(text)))
+        lm = self.likelihood
+        letters = [lm.tokenizer(f" {x}", add_special_tokens=False)["input_ids"][-1] for x in ascii_uppercase]
+        found = torch.full_like(masked, -torch.inf).scatter(1, best, 0.0)
+        readings = logits_after(lm.model, [(ids, letters[:1]) for *_, ids in asked], batch_tokens=2048)
+        for place, logits in tqdm(readings, "asking for letters", len(asked), unit="list", disable=not self._progress):
+            row, items, _ = asked[place]
+            found[row, items] += logits[0, letters[: len(items)]].log_softmax(0).cpu() / self.n_orders
+        return masked_last(found)
 
 
 def finetune_shortened(

@@ -61,9 +61,7 @@ class Recommender(ABC):
 
         All attributes count, but the phase, and those that begin with an underscore, which follow from the others.
         """
-        counts = {
-            name: value for name, value in vars(self).items() if name not in ("phase", "split") and name[0] != "_"
-        }
+        counts = {n: value for n, value in vars(self).items() if n not in ("phase", "split") and n[0] != "_"}
         return {"class": type(self).__name__, **{name: _described(value) for name, value in counts.items()}}
 
 

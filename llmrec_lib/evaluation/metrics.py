@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 
 PER_USER = ("precision", "recall", "f1", "ndcg", "map", "mrr", "hit", "popularity")
-CATALOGUE = ("coverage", "gini")
 
 
 def per_user_metrics(

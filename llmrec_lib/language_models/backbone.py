@@ -64,29 +64,6 @@ def causal_body(model: nn.Module, pretrained: bool = True) -> tuple[nn.Module, f
     return body, length
 
 
-class ItemTable(nn.Module):
-    """One vector per item: learned, or projected from the item's text, or the sum of both."""
-
-    def __init__(self, n_items: int, size: int, texts: FloatTensor | None, learned: bool) -> None:
-        super().__init__()
-        self.ids = nn.Embedding(n_items, size) if learned else None
-        self.project = None if texts is None else nn.Linear(texts.shape[1], size)
-        self.register_buffer("texts", texts, persistent=False)
-        for part in filter(None, (self.ids, self.project)):
-            nn.init.normal_(part.weight, std=size**-0.5)  # each part gives vectors of about length 1
-
-    def forward(self, items: LongTensor) -> FloatTensor:
-        """Items [...] -> vectors [..., size]."""
-        text = 0.0 if self.project is None else self.project(self.texts[items])
-        return text if self.ids is None else self.ids(items) + text
-
-    @property
-    def weight(self) -> FloatTensor:
-        """The table of all items, [n_items, size]."""
-        text = 0.0 if self.project is None else self.project(self.texts)
-        return text if self.ids is None else self.ids.weight + text
-
-
 @functools.lru_cache
 def model_class() -> type[nn.Module]:
     """The RecBole model; a function, so that importing this file does not import RecBole."""
@@ -108,10 +85,12 @@ def model_class() -> type[nn.Module]:
             if self.max_seq_length > limit:
                 raise ValueError(f"MAX_ITEM_LIST_LENGTH is {self.max_seq_length}; the language model reads {limit}")
             width = self.body.config.hidden_size
-            self.input_table = ItemTable(self.n_items, width, texts, config["item_input"] != "text")
+            self.input_table = _recbole.ItemTable(
+                self.n_items, width, texts, config["item_input"] != "text", width**-0.5
+            )
             self.dropout = nn.Dropout(config["dropout_prob"])
             self.project = nn.Linear(width, size)
-            self.item_embedding = ItemTable(self.n_items, size, texts, True)
+            self.item_embedding = _recbole.ItemTable(self.n_items, size, texts, True, size**-0.5)  # of about length 1
             if config["tuning"] == "lora":
                 low_rank.add_low_rank(self.body, config["rank"])
             else:
@@ -189,7 +168,7 @@ def train_backbone(
     for parameter, value, known in (("tuning", tuning, TUNING), ("item_input", item_input, ITEM_INPUTS)):
         if value not in known:
             raise ValueError(f"{parameter} is {value!r}; it is one of {known}")
-    texts = None if item_input == "id" else _unit_rows(item_embeddings, split.dataset.n_items)
+    texts = None if item_input == "id" else _recbole.unit_rows(item_embeddings, split.dataset.n_items)
     model_hash = catalog.name_hash(llm) if isinstance(llm, str) else catalog.weights_hash(llm[0])
     choices = {"tuning": tuning, "pretrained": pretrained, "rank": rank, "item_input": item_input}
     settings = {**DEFAULTS, **settings, **choices}
@@ -202,14 +181,3 @@ def train_backbone(
     recommender = RecBoleRecommender(_recbole.restore(*inputs, state), split, name or f"backbone, {tuning}")
     recommender.language_model = f"{model_hash}, pretrained {pretrained}"  # for `describe`
     return recommender
-
-
-def _unit_rows(embeddings: FloatTensor | None, n_items: int) -> FloatTensor:
-    """Rows of length 1, PAD zero."""
-    shape = tuple(embeddings.shape) if embeddings is not None else ()
-    if len(shape) != 2 or shape[0] != n_items:
-        raise ValueError(f"item_embeddings are {shape or None}; this data set needs ({n_items}, d), or item_input='id'")
-    if not torch.isfinite(embeddings[1:]).all():
-        raise ValueError("item_embeddings hold NaN or infinite values")
-    rows = nn.functional.pad(embeddings[1:].detach().float().cpu(), (0, 0, 1, 0))
-    return nn.functional.normalize(rows, dim=1)

@@ -21,13 +21,8 @@ LanguageModel = tuple[torch.nn.Module, Any]  # a loaded model of transformers an
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+@[0-9a-f]{40}")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "tokenizer.model"]  # nothing that could hold code or a pickle
 _SAFE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-UNREADABLE = (
-    OSError,
-    RuntimeError,
-    LookupError,
-    ValueError,
-    ImportError,
-)  # what transformers raises for broken folders
+# What transformers raises for broken folders.
+UNREADABLE = (OSError, RuntimeError, LookupError, ValueError, ImportError)
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 

@@ -166,9 +166,7 @@ def compress(llm: catalog.LanguageModel, recipe: str, texts: Sequence[str] = CAL
     model, tokenizer = copy.deepcopy(llm[0]).eval(), llm[1]
     config, steps = model.config.get_text_config(), parse(recipe)
     if getattr(getattr(model.config, "quantization_config", None), "integers", ""):
-        raise ValueError(
-            f"{recipe}: the matrices of this {type(model).__name__} are integers already: start from floats"
-        )
+        raise ValueError(f"{recipe}: the matrices of {type(model).__name__} are integers already: start from floats")
     tokens = [ids[: getattr(config, "max_position_embeddings", None)] for ids in tokenizer(list(texts))["input_ids"]]
     for step, number in steps:
         if step == "layers":

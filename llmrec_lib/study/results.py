@@ -232,6 +232,5 @@ def _model_hash(name: str) -> str | None:
     """SHA-256 of a catalog model's published weights, hash of a local folder; a hub name holds its revision itself."""
     from llmrec_lib.language_models import catalog
 
-    if Path(name).is_dir() or catalog.split_name(name)[1]:
-        return catalog.name_hash(name)
-    return catalog.list_models().set_index("name")["sha256"].get(name)
+    known = Path(name).is_dir() or catalog.split_name(name)[1]
+    return catalog.name_hash(name) if known else catalog.list_models().set_index("name")["sha256"].get(name)

@@ -192,18 +192,10 @@ def _papermill(job: _Job, output: Path) -> None:
         # The log level spares the reader a warning per chapter that a local kernel's traffic is not encrypted.
         kernel_spec = KernelSpec(**get_kernel_dict(["--log-level=40"]) | {"env": {"OMP_NUM_THREADS": job.threads}})
 
-    execute = functools.partial(
-        papermill.execute_notebook,
-        job.source,
-        output,
-        parameters=job.changed,
-        kernel_name="python3",
-        language="python",
-        kernel_manager_class=ThisPython,
-        resources={"metadata": {"path": str(job.folder)}},  # this process stays where it is
-        progress_bar={"desc": job.chapter},
-        execution_timeout=job.timeout or None,
-    )
+    about = {"kernel_name": "python3", "language": "python", "kernel_manager_class": ThisPython}
+    about |= {"progress_bar": {"desc": job.chapter}, "execution_timeout": job.timeout or None}
+    about |= {"resources": {"metadata": {"path": str(job.folder)}}}  # this process stays where it is
+    execute = functools.partial(papermill.execute_notebook, job.source, output, parameters=job.changed, **about)
     try:
         execute()
     except DeadKernelError:

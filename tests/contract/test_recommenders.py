@@ -13,7 +13,7 @@ from llmrec_lib.datasets import load_folder
 from llmrec_lib.evaluation.evaluate import evaluate
 from llmrec_lib.fusion import NORMALISERS, HybridFusion, LearnedFusion, ParallelFusion, SequentialFusion
 from llmrec_lib.language_models.backbone import train_backbone
-from llmrec_lib.llm_based import TitleLikelihoodRecommender, catalogue_likelihood
+from llmrec_lib.llm_based import LetterRecommender, TitleLikelihoodRecommender, catalogue_likelihood
 from llmrec_lib.prs_based import UserTextRecommender, ease_with_text, text_similarity
 from llmrec_lib.recommender import ItemSimilarityRecommender, Recommender, ScoreTable
 from llmrec_lib.splits import split
@@ -49,6 +49,11 @@ def baseline(name):
     return lambda parts: train(name, parts, progress=False, **settings)
 
 
+def with_vectors(name):
+    settings = {"epochs": SHORT[name], "stopping_step": 99}
+    return lambda parts: train(name, parts, progress=False, item_vectors=item_embeddings(parts.dataset), **settings)
+
+
 def plain_similarity(parts):
     generator = np.random.default_rng(3)
     return ItemSimilarityRecommender(
@@ -75,12 +80,18 @@ def arms(parts):
     return [train("ease", parts), text(parts)]
 
 
+def letters(parts):
+    scorer = catalogue_likelihood(parts, (tiny_llama(), tiny_tokenizer()), dtype="float32")
+    return LetterRecommender(text(parts), scorer, n_shown=6, n_orders=2, progress=False)
+
+
 def gate(users):
     return torch.stack([users.float(), 30.0 - users.float()], dim=1) / 30.0
 
 
 FACTORIES = {
     **{name: baseline(name) for name in BASELINES},
+    **{f"{name} with vectors": with_vectors(name) for name in ("bpr", "lightgcn", "gru4rec", "sasrec")},
     "similarity": plain_similarity,
     "text": text,
     "user text": lambda parts: UserTextRecommender(
@@ -89,6 +100,8 @@ FACTORIES = {
     "backbone": backbone,
     "likelihood": likelihood,
     "likelihood, prior": lambda parts: likelihood(parts, rule="prior_corrected", prior_weight=0.5, over="catalogue"),
+    "letters": letters,
+    "letters behind their retriever": lambda parts: SequentialFusion([text(parts), letters(parts)], 6, 0.5),
     "table": lambda parts: ScoreTable(train("ease", parts), range(1, parts.dataset.n_users), batch_size=5),
     **{f"parallel {rule}": lambda parts, rule=rule: ParallelFusion(arms(parts), rule) for rule in NORMALISERS},
     "hybrid learned": lambda parts: LearnedFusion(arms(parts)),
@@ -104,7 +117,14 @@ FACTORIES = {
     ),
     "nested": lambda parts: ParallelFusion([SequentialFusion(arms(parts), 6), HybridFusion(arms(parts), [0.0, 1.0])]),
 }
-READS_NO_HISTORY = {"pop", "bpr", "lightgcn", "fm"}  # what training gave is all they know
+READS_NO_HISTORY = {
+    "pop",
+    "bpr",
+    "lightgcn",
+    "fm",
+    "bpr with vectors",
+    "lightgcn with vectors",
+}  # what training gave is all they know
 FINDS_PARITY = {"itemknn", "ease", "slim", "tfidf", "text", "user text", "table", "lightgcn", "fm"} | {
     name for name in FACTORIES if name.startswith(("parallel", "hybrid", "nested", "fading", "ease +"))
 }

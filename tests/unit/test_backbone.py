@@ -34,7 +34,7 @@ SMALL = {"MAX_ITEM_LIST_LENGTH": 6, "out_size": 16, "epochs": 2, "eval_step": 1,
 
 def settings(kind="llama", parts=None, **changes):
     own = {"tuning": "frozen", "pretrained": True, "rank": 3, "item_input": "text+id"}
-    embeddings = backbone._unit_rows(item_embeddings(parts.dataset), parts.dataset.n_items)
+    embeddings = _recbole.unit_rows(item_embeddings(parts.dataset), parts.dataset.n_items)
     objects = {"language_model": MODELS[kind](), "item_embeddings": embeddings}
     made = {**DEFAULTS, **SMALL, **own, **objects, **changes}
     return made if made["item_input"] != "id" else {**made, "item_embeddings": None}
@@ -243,7 +243,7 @@ def test_wrong_embeddings_are_refused(checkerboard_split):
             train_backbone(checkerboard_split, embeddings, (tiny_llama(), None), progress=False)
     padded = right.clone()
     padded[0] = float("nan")
-    assert torch.equal(backbone._unit_rows(padded, 17), backbone._unit_rows(right, 17))
+    assert torch.equal(_recbole.unit_rows(padded, 17), _recbole.unit_rows(right, 17))
 
 
 def test_wrong_models_are_refused():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from llmrec_lib import _recbole, baselines
 from llmrec_lib.baselines import BASELINES, tfidf_similarity, train
 from llmrec_lib.splits import split
+from tests.contract.test_recommenders import item_embeddings
 
 USERS = torch.arange(1, 25)
 
@@ -138,3 +141,48 @@ def test_tfidf_prefers_what_shares_words(checkerboard_split):
 
 def test_columns_of_distinct_values_are_no_features(checkerboard_split):
     assert baselines._token_columns(checkerboard_split) == ["title", "genre"]
+
+
+@pytest.mark.parametrize("name", ["bpr", "lightgcn", "gru4rec", "sasrec"])
+def test_given_vectors_are_projected_beside_learned_ones(checkerboard_split, name):
+    vectors = item_embeddings(checkerboard_split.dataset)
+    settings = {"epochs": 2, "eval_step": 1, "progress": False}
+    arm = train(name, checkerboard_split, item_vectors=vectors, **settings)
+    table = arm.model.item_embedding
+    unit = torch.nn.functional.normalize(vectors, dim=1)
+    assert torch.allclose(table.texts[1:].cpu(), unit[1:], atol=1e-6) and not table.texts[0].any()
+    items = torch.tensor([3, 1, 16]).to(table.texts.device)
+    assert torch.allclose(table(items), table.ids.weight[items] + table.project(table.texts[items]), atol=1e-6)
+    assert torch.allclose(table(items), table.weight[items], atol=1e-6)
+    users = torch.tensor([5, 1, 24])
+    again = train(name, checkerboard_split, item_vectors=vectors, **settings).score(users)  # read from the cache
+    assert torch.equal(again, arm.score(users))
+    for other in ({"item_vectors": vectors.flip(0)}, {}):
+        assert not torch.allclose(train(name, checkerboard_split, **other, **settings).score(users), again, atol=1e-4)
+
+
+def test_with_vectors_an_item_that_nobody_took_is_where_its_text_says(checkerboard_split):
+    """Users like items of one parity: an item that is nothing but its vector suits those who like its parity better."""
+    parts = checkerboard_split
+    settings = {"epochs": 120, "stopping_step": 99, "progress": False}
+    model = train("bpr", parts, item_vectors=item_embeddings(parts.dataset), **settings).model
+    with torch.no_grad():
+        texts = torch.eye(2, model.item_embedding.texts.shape[1], device=model.item_embedding.texts.device)
+        even, odd = (model.user_embedding.weight @ model.item_embedding.project(texts).T).T.cpu()
+    parity = np.array([-1, *(int(token[1:]) % 2 for token in parts.dataset.item_ids[1:])])
+    likes_odd = [parity[history].mean() > 0.5 for history in parts.histories(USERS.numpy(), "train")]
+    agree = (odd > even)[1:].numpy() == np.array(likes_odd)
+    assert agree.mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "vectors", "message"),
+    [
+        ("sasrec", torch.zeros(5, 2), "vectors of items are (5, 2); this data set needs (17, d)"),
+        ("bpr", torch.full((17, 2), torch.nan), "NaN or infinite"),
+        ("pop", torch.ones(17, 2), "Pop has none"),
+    ],
+)
+def test_vectors_that_cannot_be_used(checkerboard_split, name, vectors, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train(name, checkerboard_split, item_vectors=vectors, progress=False)
