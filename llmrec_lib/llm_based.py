@@ -92,7 +92,7 @@ class LetterRecommender(Recommender):
     since models prefer some letters and places. What is not shown shares the lowest score: put it behind the same retriever in
     a `SequentialFusion` with as many candidates.
 
-    Sources: Schick & Schütze 2021, "Exploiting Cloze Questions for Few Shot Text Classification and Natural Language Inference"
+    Sources: Schick & Schütze 2021, "Exploiting Cloze-Questions for Few-Shot Text Classification and Natural Language Inference"
     (letters as a verbaliser); Hou et al. 2024, "Large Language Models are Zero-Shot Rankers for Recommender Systems".
 
     Parameters
