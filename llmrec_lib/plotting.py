@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,20 +64,6 @@ def gain_plot(comparisons: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_xlabel(f"difference in {', '.join(map(_label, rows['metric'].unique()))}, with 95 % interval")
     ax.locator_params(axis="x", nbins=3)  # more labels than that run into each other
     _legend_above(ax)
-    return ax
-
-
-def curve(lines: Mapping[str, pd.DataFrame], x: str, y: str, ax: Axes | None = None) -> Axes:
-    """One line per entry of `lines`: label -> DataFrame with the columns x and y."""
-    from matplotlib import pyplot as plt
-
-    ax = ax or plt.subplots()[1]
-    for (label, frame), marker, colour in zip(lines.items(), "os^DXvP", PALETTE, strict=False):
-        ordered = frame.sort_values(x)
-        ax.plot(ordered[x], ordered[y], marker=marker, color=colour, label=label)
-    ax.set(xlabel=x, ylabel=_label(y))
-    if len(lines) > 1:
-        ax.legend()
     return ax
 
 
