@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import inspect
 import os
 import shutil
 import tempfile
+import textwrap
 import types
 import uuid
 from collections.abc import Callable, Iterator
@@ -50,6 +52,18 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def code_of(source: str) -> str:
+    """What Python source says to a computer: not its layout, comments and docstrings. What cannot be parsed by itself stays."""
+    try:
+        tree = ast.parse(textwrap.dedent(source))
+    except SyntaxError:  # such as a lambda's line
+        return source
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+    return ast.dump(tree)
+
+
 def content_key(*parts: Any) -> str:
     """Hash whatever decides a result into one key of 64 hexadecimal digits.
 
@@ -57,7 +71,7 @@ def content_key(*parts: Any) -> str:
     ----------
     *parts
         Plain values, lists, dicts (order does not matter), numpy arrays and torch tensors (values, dtype and shape),
-        paths (the file's bytes), functions, classes and modules (their source text), and what has a ``fingerprint``.
+        paths (the file's bytes), functions, classes and modules (see `code_of`), and what has a ``fingerprint``.
 
     Raises
     ------
@@ -85,7 +99,7 @@ def _update(digest: Any, *parts: Any) -> None:
         elif isinstance(part, Path):
             digest.update(f"file:{file_sha256(part)}".encode())
         elif isinstance(part, types.ModuleType | types.FunctionType | type):
-            digest.update(f"source:{inspect.getsource(part)}".encode())
+            digest.update(f"source:{code_of(inspect.getsource(part))}".encode())
         elif isinstance(fingerprint := getattr(part, "fingerprint", None), str):
             _update(digest, kind, fingerprint)
         elif hasattr(part, "detach"):  # a torch tensor: torch is imported already

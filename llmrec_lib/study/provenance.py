@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import llmrec_lib
-from llmrec_lib.cache import content_key
+from llmrec_lib.cache import code_of, content_key
 
 PACKAGE = Path(llmrec_lib.__file__).parent
 KEY_PACKAGES = ("numpy", "scipy", "pandas", "torch", "transformers", "recbole", "scikit-learn", "optuna")
@@ -27,18 +27,19 @@ def library_hash(results_only: bool = False, used_by: str = "") -> str:
     """Hash of the library's source, the files beside its modules included.
 
     With `results_only`, of those files alone that can change a method's numbers; with `used_by`, the source text of a notebook,
-    of what it imports and what that imports in turn, anywhere in a file: a change elsewhere then changes nothing.
+    of what it imports and what that imports in turn, anywhere in a file: a change elsewhere then changes nothing, nor do
+    comments and docstrings.
     """
     paths = [path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".yaml", ".mplstyle")]
-    files = {path.relative_to(PACKAGE).as_posix(): path for path in paths}
-    kept = {n: p for n, p in files.items() if not (results_only and n.startswith(PRESENTATION))}
+    files = {path.relative_to(PACKAGE).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    kept = {name: text for name, text in files.items() if not (results_only and name.startswith(PRESENTATION))}
     waiting, needed = _imported(used_by), set()
     while waiting:
         place = waiting.pop().removeprefix(PACKAGE.name).strip(".").replace(".", "/")
         new = {n for n in kept if n.rpartition(".")[0] in (place, f"{place}/__init__".lstrip("/"))} - needed
-        waiting |= {name for n in new for name in _imported(kept[n].read_text(encoding="utf-8"))}
+        waiting |= {name for n in new for name in _imported(kept[n])}
         needed |= new
-    return content_key({name: path for name, path in kept.items() if name in needed or not needed})
+    return content_key({name: code_of(text) for name, text in kept.items() if name in needed or not needed})
 
 
 def _imported(source: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import threading
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from llmrec_lib import cache
-from llmrec_lib.cache import atomic_write, cache_dir, cache_entries, cached_tensors, content_key, shrink_cache
+from llmrec_lib.cache import atomic_write, cache_dir, cache_entries, cached_tensors, code_of, content_key, shrink_cache
 
 
 @pytest.fixture(autouse=True)
@@ -140,14 +141,26 @@ def test_the_source_of_a_module_decides(tmp_path, monkeypatch):
 
     monkeypatch.syspath_prepend(tmp_path)
     keys = []
-    for text in ("value = 1\n", "value = 22\n", "value = 1\n"):
+    explained = '"""What it is."""\n\n# Once more.\nvalue = (1)\n\n"""One."""\n'
+    for text in ("value = 1\n", "value = 22\n", "value = 1\n", explained):
         (tmp_path / "changing_module.py").write_text(text)
         sys.modules.pop("changing_module", None)
         linecache.clearcache()
         importlib.invalidate_caches()
         keys.append(content_key(importlib.import_module("changing_module")))
     sys.modules.pop("changing_module")
-    assert keys[0] == keys[2] != keys[1]
+    assert keys[0] == keys[2] == keys[3] != keys[1]
+
+
+def test_what_a_function_says_about_itself_decides_nothing():
+    def plain(x):
+        return x + 1
+
+    here = code_of(inspect.getsource(plain))
+    assert here == code_of('def plain(x):\n    """Adds one."""\n    return (x + 1)  # one\n')
+    assert here != code_of('def plain(x):\n    """Adds one."""\n    return x + 2\n')
+    assert code_of("lambda x: x) + 1") == "lambda x: x) + 1"  # what cannot be parsed stays as it is
+    assert code_of('def f():\n    return """text"""') != code_of("def f():\n    return None")
 
 
 def test_unreadable_contents_are_refused():

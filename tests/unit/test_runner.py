@@ -267,10 +267,10 @@ def test_a_changed_module_outdates_only_what_imports_it(tmp_path, monkeypatch):
         provenance.library_hash.cache_clear()
         return {n: provenance.library_hash(results_only=results_only, used_by=text) for n, text in notebooks.items()}
 
-    def outdated(file, results_only=False):
+    def outdated(file, results_only=False, more="another = 1"):
         before, path = hashes(results_only), package / file
         content = path.read_text(encoding="utf-8")
-        path.write_text(content + "\n# another line\n", encoding="utf-8")
+        path.write_text(f"{content}\n{more}\n", encoding="utf-8")
         after = hashes(results_only)
         path.write_text(content, encoding="utf-8")
         return {name for name in notebooks if before[name] != after[name]}
@@ -287,4 +287,5 @@ def test_a_changed_module_outdates_only_what_imports_it(tmp_path, monkeypatch):
     assert outdated("plotting.py") == {"nothing"}
     assert outdated("study/runner.py") == {"recommenders", "fusion", "nothing"}
     assert outdated("study/runner.py", results_only=True) == set()
+    assert outdated("cache.py", more="# a comment\n\n\n'''and prose'''") == set()
     provenance.library_hash.cache_clear()
