@@ -10,6 +10,7 @@ from pathlib import Path
 
 import executed_runs
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -189,8 +190,21 @@ def test_the_page_about_speed_shows_what_a_gpu_changes(html):
     for row in found["speed"]:
         step, ratio = re.escape(f"{row['step']}, {row['variant']}"), f"{row['ratio']:.0f}"
         assert re.search(rf"{step}\s+[\d.,]+\s+[\d.,]+\s+{row['unit']}/s\s+{ratio} ×", text), step
-    for name, values in found["whole"]["ndcg@10"].items():
+
+
+@pytest.mark.slow
+def test_the_page_about_the_whole_model_shows_what_was_measured(html):
+    text = unescape(words(html / "book/whole_model.html"))
+    gpu, found = (json.loads((ROOT / f"benchmarks/{name}.json").read_text()) for name in ("gpu", "whole"))
+    for name, values in gpu["whole"]["ndcg@10"].items():
         assert re.search(rf"{re.escape(name)}\s+{', '.join(f'{value:.4f}' for value in values)}", text), name
+    for row in found["means"]:
+        assert re.search(rf"{re.escape(row['method'])}\s+{row['value']:.4f}\s+{row['low']:.4f} to", text), row["method"]
+    best = {row["comparison"]: row for row in found["compared"]}["ID + LM against ID"]
+    assert f"gains {best['relative']:+.1%} ({best['mean_a']:.4f} against {best['mean_b']:.4f}" in text
+    values = np.load(ROOT / "benchmarks/whole.npz")
+    for row in found["means"]:
+        assert values[row["method"]].mean() == pytest.approx(row["value"], abs=1e-6)
 
 
 @pytest.mark.slow

@@ -178,7 +178,7 @@ def test_with_vectors_an_item_that_nobody_took_is_where_its_text_says(checkerboa
 @pytest.mark.parametrize(
     ("name", "vectors", "message"),
     [
-        ("sasrec", torch.zeros(5, 2), "vectors of items are (5, 2); this data set needs (17, d)"),
+        ("sasrec", torch.zeros(5, 2), "item vectors are (5, 2); this data set needs (17, d)"),
         ("bpr", torch.full((17, 2), torch.nan), "NaN or infinite"),
         ("pop", torch.ones(17, 2), "Pop has none"),
     ],

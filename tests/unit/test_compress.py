@@ -356,7 +356,7 @@ def test_what_no_configuration_tells_is_saved_too(kind, recipe, tmp_path):
     tokenizer.save_pretrained(twice)
     assert torch.equal(run(load(str(twice))[0]), run(model))
     if "int" in recipe:
-        with pytest.raises(ValueError, match=f"int8: the matrices of this {type(model).__name__} are integers already"):
+        with pytest.raises(ValueError, match=f"int8: the matrices of {type(model).__name__} are integers already"):
             load(f"{once}@int8")
     else:
         assert torch.equal(run(load(f"{once}@int8")[0]), run(smaller(model, "int8")))
