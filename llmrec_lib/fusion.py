@@ -340,7 +340,7 @@ def tune(
     best, table
         The chosen value; ``value`` and NDCG@10 of every candidate.
     """
-    rows = [(value, evaluate(build(value), split, "valid", users=users).mean()) for value in values]
+    rows = [(value, evaluate(build(value), split, "valid", users=users, ks=[10]).mean()) for value in values]
     table = pd.DataFrame(rows, columns=["value", "ndcg@10"])
     return values[int(table["ndcg@10"].to_numpy().argmax())], table
 
@@ -380,7 +380,7 @@ def search(
 
             def value() -> dict[str, torch.Tensor]:
                 pairs = (halves, halves[::-1])
-                found = [evaluate(build(fit, **settings), split, "valid", users=judged) for fit, judged in pairs]
+                found = [evaluate(build(fit, **settings), split, "valid", users=of, ks=[10]) for fit, of in pairs]
                 return {"value": torch.cat([torch.from_numpy(one.per_user["ndcg@10"].to_numpy()) for one in found])}
 
             about = content_key("trial", key, settings, split.fingerprint, users, library_hash(True))
@@ -423,9 +423,9 @@ def best_system(
         return LearnedFusion(arms(**chosen), users, gated, rule, l2, name=name)
 
     users = split.eval_users("valid") if users is None else users
-    best, table = search(build, space, split, trials, users, key)
+    best, table = search(build, space, split, trials, users, (name, key))
     learned = build(users, **best)
-    alone = [evaluate(arm, split, "valid", method=arm.name, users=users).mean() for arm in learned.arms]
+    alone = [evaluate(a, split, "valid", method=a.name, users=users, ks=[10]).mean() for a in learned.arms]
     system = learned if table["ndcg@10"].max() > max(alone) else learned.arms[int(np.argmax(alone))]
     table = pd.concat([table, pd.DataFrame({"arm alone": [arm.name for arm in learned.arms], "ndcg@10": alone})])
     return system, best, table

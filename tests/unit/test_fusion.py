@@ -450,3 +450,20 @@ def test_the_best_system_is_a_fusion_or_an_arm(one_each, monkeypatch, tmp_path):
     space = {**LEARNED_SPACE, "n": [2, 1]}
     system, best, table = best_system(lambda n: [whole, *halves[:n]], one_each, "three", space, 3, key="whole")
     assert system is whole and set(table["n"].dropna()) <= {1, 2}
+
+
+def test_trials_of_another_system_are_not_taken_and_a_small_catalogue_will_do(
+    checkerboard_split, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
+    assert checkerboard_split.dataset.n_items < 20
+    rng, truth = np.random.default_rng(0), checkerboard_split.targets("valid").toarray()
+    good, poor = (
+        [Table(checkerboard_split, rng.standard_normal(truth.shape) + size * truth, f"{size} {n}") for n in range(2)]
+        for size in (9, 0)
+    )
+    tables = [best_system(lambda arms=arms: arms, checkerboard_split, name, trials=2)[2] for name, arms in
+              (("good", good), ("poor", poor))]  # fmt: skip
+    assert tables[0]["ndcg@10"].max() > tables[1]["ndcg@10"].max() + 0.1
+    value, table = tune(lambda w: HybridFusion(good, [1.0, w]), [0.0, 1.0], checkerboard_split)
+    assert value in (0.0, 1.0) and len(table) == 2
