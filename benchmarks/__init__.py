@@ -1,8 +1,13 @@
 """Every performance claim, measured beside its peer in one run, with equal output shown."""
 
+import contextlib
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
+
+from llmrec_lib.cache import cache_dir
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
@@ -10,3 +15,11 @@ def seconds_of(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def empty_cache() -> Iterator[dict[str, str]]:
+    """The environment variable of a cache from which nothing can be read back, but models, which are fetched once."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "models").symlink_to((cache_dir() / "models").absolute())
+        yield {"LLMREC_CACHE": folder}

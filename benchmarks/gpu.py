@@ -17,14 +17,30 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from scipy.stats import spearmanr
 
-from benchmarks import seconds_of
+from benchmarks import empty_cache, seconds_of
+from llmrec_lib.augment import Augmentation
+from llmrec_lib.baselines import train
 from llmrec_lib.cache import atomic_write
+from llmrec_lib.datasets import load_dataset
+from llmrec_lib.evaluation import Evaluation, compare_many, evaluate
+from llmrec_lib.language_models.backbone import train_backbone
+from llmrec_lib.language_models.compress import shorten
+from llmrec_lib.language_models.encoder import TextEncoder
+from llmrec_lib.language_models.finetune import finetune
+from llmrec_lib.llm_based import TitleLikelihoodRecommender, catalogue_likelihood
+from llmrec_lib.prompts import user_prompts
+from llmrec_lib.prs_based import embed_items, text_similarity
+from llmrec_lib.splits import Split, split
+from llmrec_lib.study.provenance import machine, versions
 
 PATH = Path(__file__).with_name("gpu.json")
 PER_USER = PATH.with_suffix(".npz")
@@ -35,10 +51,7 @@ WAYS = ("no copies", "unchanged copies", "slice", "insert similar text", "replac
 RATE, NEIGHBOURS, VIEWS_WEIGHT = 0.2, 20, 0.1  # as in chapter 07
 
 
-def _data():
-    from llmrec_lib.datasets import load_dataset
-    from llmrec_lib.splits import split
-
+def _data() -> Split:
     return split(load_dataset("ml-100k"), "temporal_ratio", 0)
 
 
@@ -46,8 +59,6 @@ def _data():
 
 
 def encoding(gpu: bool) -> dict:
-    from llmrec_lib.language_models.encoder import TextEncoder
-
     texts = list(dict.fromkeys(_data().dataset.item_text))
     found = {}
     for dtype in ("float32", "bfloat16") if gpu else ("float32",):
@@ -62,9 +73,6 @@ def encoding(gpu: bool) -> dict:
 
 
 def likelihood(gpu: bool) -> dict:
-    from llmrec_lib.llm_based import catalogue_likelihood
-    from llmrec_lib.prompts import user_prompts
-
     parts = _data()
     prompts = user_prompts(parts, parts.eval_users("test", 8), "test")
     found = {}
@@ -79,8 +87,6 @@ def likelihood(gpu: bool) -> dict:
 
 
 def finetuning(gpu: bool) -> dict:
-    from llmrec_lib.language_models.finetune import finetune
-
     found = {}
     for dtype in ("float32", "bfloat16") if gpu else ("float32",):
         tuned = finetune(_data(), train_users=30, dtype=dtype, progress=False)
@@ -89,9 +95,6 @@ def finetuning(gpu: bool) -> dict:
 
 
 def sequential(gpu: bool) -> dict:
-    from llmrec_lib.baselines import train
-    from llmrec_lib.evaluation import evaluate
-
     parts, found = _data(), {}
     for name in ("sasrec", "gru4rec"):
         begin = time.perf_counter()
@@ -111,8 +114,6 @@ def _difference(step: str, own: np.ndarray, other: np.ndarray) -> dict:
         cosine = (own * other).sum(1) / np.linalg.norm(own, axis=1) / np.linalg.norm(other, axis=1)
         return {"what": "1 - lowest cosine", "error": float(1 - cosine.min())}
     if step == "likelihood":
-        from scipy.stats import spearmanr
-
         return {
             "what": "nats, most of any title",
             "error": float(np.abs(own - other).max()),
@@ -126,32 +127,17 @@ def _difference(step: str, own: np.ndarray, other: np.ndarray) -> dict:
 # The whole model
 
 
-def body(n_layers: int, seed: int) -> dict:
-    from llmrec_lib.evaluation import evaluate
-    from llmrec_lib.language_models.backbone import train_backbone
-    from llmrec_lib.language_models.compress import shorten
-    from llmrec_lib.language_models.encoder import TextEncoder
-    from llmrec_lib.prompts import user_prompts
-    from llmrec_lib.prs_based import embed_items
-
+def body(n_layers: int, seed: int) -> list[float]:
     parts = _data()
     items = embed_items(parts, TextEncoder("minilm"))[0]
     calibration = user_prompts(parts, parts.eval_users("valid", 20), "valid")
     model, _ = shorten("smollm2-135m", calibration, n_layers)
-    begin = time.perf_counter()
     options = {"tuning": "lora", "item_input": "text+id", "epochs": EPOCHS, "progress": False, "seed": seed}
     arm = train_backbone(parts, items, model, **options)
-    return {"seconds": time.perf_counter() - begin, "ndcg@10": evaluate(arm, parts).per_user["ndcg@10"].tolist()}
+    return evaluate(arm, parts).per_user["ndcg@10"].tolist()
 
 
-def augmented(way: str, seed: int) -> dict:
-    from llmrec_lib.augment import Augmentation
-    from llmrec_lib.evaluation import evaluate
-    from llmrec_lib.language_models.encoder import TextEncoder
-    from llmrec_lib.language_models.finetune import finetune
-    from llmrec_lib.llm_based import TitleLikelihoodRecommender, catalogue_likelihood
-    from llmrec_lib.prs_based import embed_items, text_similarity
-
+def augmented(way: str, seed: int) -> list[float]:
     parts = _data()
     operation, _, how = way.partition(" ")
     change = Augmentation("slice", 0.0) if way == "unchanged copies" else None
@@ -161,12 +147,10 @@ def augmented(way: str, seed: int) -> dict:
         texts = embed_items(parts, TextEncoder("minilm"))[0]
         similar = text_similarity(parts, texts, NEIGHBOURS).similarity if how == "similar text" else None
         change = Augmentation(operation, RATE, similar)
-    tuned = finetune(parts, augmentation=change, seed=seed, progress=False, valid_users=100)
-    arm = TitleLikelihoodRecommender(
-        parts, catalogue_likelihood(parts, (tuned.model, tuned.tokenizer)), over="catalogue", progress=False
-    )
-    facts = {"tokens_per_second": tuned.tokens_per_second, "valid_loss": float(tuned.curve["valid_loss"].iloc[-1])}
-    return {**facts, "share_of_roof": tuned.share_of_roof, "ndcg@10": evaluate(arm, parts).per_user["ndcg@10"].tolist()}
+    tuned = finetune(parts, augmentation=change, seed=seed, progress=False)
+    scorer = catalogue_likelihood(parts, (tuned.model, tuned.tokenizer))
+    arm = TitleLikelihoodRecommender(parts, scorer, over="catalogue", progress=False)
+    return evaluate(arm, parts).per_user["ndcg@10"].tolist()
 
 
 JOBS = {f"body, {n} layers, seed {seed}": (body, n, seed) for seed in SEEDS for n in LAYERS}
@@ -174,9 +158,7 @@ JOBS |= {f"{way}, seed {seed}": (augmented, way, seed) for seed in SEEDS for way
 
 
 def one(what: str) -> None:
-    """What a process of its own does: a step of speed on its device, or a job; a JSON line or an .npz at the end."""
-    import torch
-
+    """What a process of its own does, a step of speed on its device or a job; prints one line of JSON."""
     kind, _, name = what.partition(":")
     if kind == "job":
         work, *arguments = JOBS[name]
@@ -187,12 +169,13 @@ def one(what: str) -> None:
     print(json.dumps({variant: [*row[:2], row[2].tolist(), *row[3:]] for variant, row in found.items()}))
 
 
-def _process(what: str) -> dict | None:
-    environment = (
-        os.environ | {"OMP_NUM_THREADS": "2"} | ({"CUDA_VISIBLE_DEVICES": ""} if what.startswith("cpu:") else {})
-    )
+def _process(what: str) -> Any:
+    """What `one` printed, in a process of its own; None if it failed. Of speed nothing is read back from a cache."""
     command = [sys.executable, "-c", "import sys; from benchmarks.gpu import one; one(sys.argv[1])", what]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    device = {"CUDA_VISIBLE_DEVICES": ""} if what.startswith("cpu:") else {}
+    with nullcontext({}) if what.startswith("job:") else empty_cache() as cache:
+        environment = os.environ | {"OMP_NUM_THREADS": "2"} | device | cache
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         print(f"{what} failed:\n{done.stderr[-1500:]}", file=sys.stderr, flush=True)
         return None
@@ -219,17 +202,14 @@ def measure_speed() -> tuple[list[dict], list[str]]:
     return rows, failed
 
 
-def summary(facts: dict[str, dict], values: dict[str, np.ndarray]) -> dict:
-    """Means over seeds, and each against its control: bodies against all layers, augmented copies against unchanged ones."""
-    from llmrec_lib.evaluation import Evaluation, compare_many
-
-    about = ("", "ml-100k", "temporal_ratio", 0, "test")
+def summary(values: dict[str, np.ndarray]) -> dict:
+    """Means of each seed, and each method against its control: bodies against all layers, changed copies against unchanged ones."""
     runs: dict[str, list[Evaluation]] = {}
-    for name in JOBS:
-        if name in values:
-            per_user = pd.DataFrame({"ndcg@10": values[name]}, index=pd.RangeIndex(len(values[name]), name="user"))
-            method, _, seed = name.rpartition(", seed ")
-            runs.setdefault(method, []).append(Evaluation(method, *about[:3], int(seed), "test", per_user, {}, 0.0))
+    for name in filter(values.__contains__, JOBS):
+        method, _, seed = name.rpartition(", seed ")
+        per_user = pd.DataFrame({"ndcg@10": values[name]}).rename_axis("user")
+        run = Evaluation(method, "", "ml-100k", "temporal_ratio", int(seed), "test", per_user, {}, 0.0)
+        runs.setdefault(method, []).append(run)
     families = {
         f"body, {LAYERS[0]} layers": [f"body, {n} layers" for n in LAYERS[1:]],
         "unchanged copies": [way for way in WAYS if way not in ("no copies", "unchanged copies", "mask views")],
@@ -248,8 +228,7 @@ def summary(facts: dict[str, dict], values: dict[str, np.ndarray]) -> dict:
                 {"control": control, "seeds": len(pairs[row["method"]][0]), **row}
                 for row in json.loads(table.to_json(orient="records"))
             ]
-    means = {method: [run.mean() for run in found] for method, found in runs.items()}
-    return {"ndcg@10": means, "compared": compared, "facts": facts}
+    return {"ndcg@10": {method: [run.mean() for run in found] for method, found in runs.items()}, "compared": compared}
 
 
 def main() -> int:
@@ -257,9 +236,6 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", help="speed, whole; both by default")
     parser.add_argument("--at-once", type=int, default=10, help="processes that share the GPU in `whole`")
     options = parser.parse_args()
-    import torch
-
-    from llmrec_lib.study.provenance import machine, versions
 
     if not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here")
@@ -277,7 +253,6 @@ def main() -> int:
         rows, failed = measure_speed()
         keep(speed=rows)
     if "whole" in asked:
-        facts = kept.get("whole", {}).get("facts", {})
         with ThreadPoolExecutor(options.at_once) as pool:
             waiting = {pool.submit(_process, f"job:{name}"): name for name in JOBS if name not in values}
             for done in as_completed(waiting):
@@ -285,16 +260,12 @@ def main() -> int:
                 if found is None:
                     failed.append(name)
                     continue
-                values[name] = np.array(found.pop("ndcg@10"), dtype=np.float32)
-                facts[name] = found
-                print(f"{name}: NDCG@10 {values[name].mean():.4f} {found}", flush=True)
-                with (
-                    atomic_write(PER_USER) as temporary,
-                    open(temporary, "wb") as file,
-                ):  # savez adds a suffix to a name
+                values[name] = np.array(found, dtype=np.float32)
+                print(f"{name}: NDCG@10 {values[name].mean():.4f}", flush=True)
+                # An open file, since savez adds a suffix to a name.
+                with atomic_write(PER_USER) as temporary, open(temporary, "wb") as file:
                     np.savez_compressed(file, **values)
-                keep(whole={"facts": facts})
-        keep(whole=summary(facts, values))
+                keep(whole=summary(values))
     return 1 if failed else 0
 
 

@@ -11,14 +11,14 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from llmrec_lib.cache import atomic_write, cache_dir
+from benchmarks import empty_cache
+from llmrec_lib.cache import atomic_write
 from llmrec_lib.datasets import Dataset, load_dataset
 from llmrec_lib.study.provenance import machine, peak_memory_mb
 
@@ -94,12 +94,10 @@ def main() -> int:
     kept = {(row["step"], row["users"]): row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
     for step in options.steps or STEPS:
         for share in SHARES:
-            with tempfile.TemporaryDirectory() as cache:  # nothing is read back; but models are fetched once
-                models = Path(cache, "models")
-                models.symlink_to((cache_dir() / "models").absolute())
-                command = [sys.executable, "-c", "import sys, json; from benchmarks.scale import one"]
-                command[-1] += "; print(json.dumps(one(sys.argv[1], float(sys.argv[2]))))"
-                environment = os.environ | {"LLMREC_CACHE": cache}
+            command = [sys.executable, "-c", "import sys, json; from benchmarks.scale import one"]
+            command[-1] += "; print(json.dumps(one(sys.argv[1], float(sys.argv[2]))))"
+            with empty_cache() as cache:
+                environment = os.environ | cache
                 done = subprocess.run(
                     [*command, step, str(share)], check=True, stdout=subprocess.PIPE, text=True, env=environment
                 )

@@ -58,15 +58,15 @@ def measure(llm: str, epochs: int, dataset: str, data_dir: str, max_users: int) 
     )
     items = embed_items(parts, TextEncoder("minilm"))[0]
     members = {f"{name} + LM": (name, "LM") for name in IDS} | {"ID": ("pop", *IDS)}
-    members |= {f"ID + {name}": ("pop", *IDS, name) for name in ("LM", "itemknn", "text")}
+    members |= {f"ID + {name}": ("pop", *IDS, name) for name in ("LM", "itemknn")} | {"ID + text": ("pop", *IDS)}
     chosen = {}
-    for name, parts_of_it in members.items():
+    for name, own in members.items():
 
-        def build(weight: float = 0.0, own: tuple = parts_of_it) -> list[Recommender]:
-            arms["text"] = text_arms(parts, items, "text", HALF_LIVES, weight) if weight else []
-            return [arm for member in own for arm in arms[member]]
+        def build(weight: float = 0.0, own: tuple = own) -> list[Recommender]:
+            texts = text_arms(parts, items, "text", HALF_LIVES, weight) if weight else []
+            return [arm for member in own for arm in arms[member]] + texts
 
-        space = LEARNED_SPACE | ({"weight": TEXT_WEIGHTS} if "text" in parts_of_it else {})
+        space = LEARNED_SPACE | ({"weight": TEXT_WEIGHTS} if name == "ID + text" else {})
         key = ("whole", name, epochs, likelihood.fingerprint)
         systems[name], chosen[name], _ = best_system(build, parts, name, space, TRIALS, tuned_on, key)
         print(name, chosen[name], flush=True)

@@ -268,7 +268,8 @@ def unit_rows(embeddings: FloatTensor | None, n_items: int) -> FloatTensor:
     """Rows of length 1, PAD zero."""
     shape = tuple(embeddings.shape) if embeddings is not None else ()
     if len(shape) != 2 or shape[0] != n_items:
-        raise ValueError(f"item vectors are {shape or None}; this data set needs ({n_items}, d), or item_input='id'")
+        otherwise = "" if shape else ", or item_input='id'"  # a body can do without
+        raise ValueError(f"item vectors are {shape or None}; this data set needs ({n_items}, d){otherwise}")
     if not torch.isfinite(embeddings[1:]).all():
         raise ValueError("item vectors hold NaN or infinite values")
     rows = nn.functional.pad(embeddings[1:].detach().float().cpu(), (0, 0, 1, 0))

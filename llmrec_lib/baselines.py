@@ -56,20 +56,18 @@ def train(name: str, split: Split, seed: int = 0, *, progress: bool = True, **se
     """
     if name not in BASELINES:
         raise ValueError(f"no baseline {name!r}; there are {', '.join(BASELINES)}")
-    baseline = BASELINES[name]
-    settings = {**baseline.settings, **settings}
-    if baseline.recbole_model is None:
+    known = BASELINES[name]
+    settings = {**known.settings, **settings}
+    if known.recbole_model is None:
         return ItemSimilarityRecommender(split, tfidf_similarity(split, **settings), name)
-    if baseline.kind == "hybrid":
+    if known.kind == "hybrid":
         settings.setdefault("item_columns", _token_columns(split))
     made_by = sys.modules[__name__], _recbole, _recbole.SETTINGS, versions()
     key = content_key(name, settings, split.fingerprint, seed, split.dataset.n_items, made_by)
-    state = cached_tensors(
-        "baselines", key, lambda: _recbole.fit(baseline.recbole_model, split, settings, seed, progress=progress)
-    )
+    state = cached_tensors("baselines", key, lambda: _recbole.fit(known.recbole_model, split, settings, seed, progress))
     if "dense" in state or "row_starts" in state:
         return ItemSimilarityRecommender(split, _recbole.similarity_from(state, split.dataset.n_items), name)
-    model = _recbole.restore(baseline.recbole_model, split, settings, seed, state)
+    model = _recbole.restore(known.recbole_model, split, settings, seed, state)
     return RecBoleRecommender(model, split, name)
 
 

@@ -54,14 +54,13 @@ def file_sha256(path: str | Path) -> str:
 
 def code_of(source: str) -> str:
     """What Python source says to a computer: not its layout, comments and docstrings. What cannot be parsed by itself stays."""
-    try:
+    with contextlib.suppress(SyntaxError):  # of a lambda's line, say
         tree = ast.parse(textwrap.dedent(source))
-    except SyntaxError:  # such as a lambda's line
-        return source
-    for node in ast.walk(tree):
-        if isinstance(body := getattr(node, "body", None), list):
-            node.body = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
-    return ast.dump(tree)
+        for node in ast.walk(tree):
+            if isinstance(body := getattr(node, "body", None), list):
+                node.body = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
+        return ast.dump(tree)
+    return source
 
 
 def content_key(*parts: Any) -> str:

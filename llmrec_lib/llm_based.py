@@ -116,7 +116,7 @@ class LetterRecommender(Recommender):
     def score(self, users: LongTensor) -> FloatTensor:
         masked = mask_seen(self.retriever.at(self.phase).score(users).float().clone(), self.split, users, self.phase)
         best = top_k(masked, min(self.n_shown, self.n_items - 1), tie_order(self.n_items))
-        titles, generator, asked = ["", *self.likelihood.titles], torch.Generator(), []
+        lm, titles, generator, asked = self.likelihood, ["", *self.likelihood.titles], torch.Generator(), []
         prompts = user_prompts(self.split, users.numpy(), self.phase, self.template, titles)
         for row, (user, prompt) in enumerate(zip(users.tolist(), prompts, strict=True)):
             generator.manual_seed(user)  # the same lists, whoever else is in the batch
@@ -124,8 +124,7 @@ class LetterRecommender(Recommender):
                 items = best[row, torch.randperm(best.shape[1], generator=generator)]
                 listed = "".join(f"\n{x}: {titles[i]}" for x, i in zip(ascii_uppercase, items.tolist(), strict=False))
                 text = f"{prompt}\nOne of these comes next:{listed}\nIts letter is"
-                asked.append((row, items, self.likelihood.prompt_tokens(text)))
-        lm = self.likelihood
+                asked.append((row, items, lm.prompt_tokens(text)))
         letters = [lm.tokenizer(f" {x}", add_special_tokens=False)["input_ids"][-1] for x in ascii_uppercase]
         found = torch.full_like(masked, -torch.inf).scatter(1, best, 0.0)
         readings = logits_after(lm.model, [(ids, letters[:1]) for *_, ids in asked], batch_tokens=2048)

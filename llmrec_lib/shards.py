@@ -25,3 +25,10 @@ def in_shards(function: Callable[[Any, Any], Any], whole: Any, shards: Iterable[
         futures = [client.submit(function, there, shard, pure=False) for shard in shards][::-1]
         while futures:
             yield futures.pop().result()
+
+
+def in_advance(function: Callable[[Any, Any], Any], whole: Any, shards: Iterable[Any]) -> None:
+    """On a cluster, let the workers put into the cache what this process asks for later on; without one, do nothing."""
+    if os.environ.get("LLMREC_SCHEDULER"):
+        for _ in in_shards(function, whole, shards):
+            pass

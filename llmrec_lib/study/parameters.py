@@ -84,8 +84,7 @@ def convert(name: str, value: Any, default: Value, where: str = "", text: bool =
     kind = type(default)
     if kind not in TYPES:
         raise ParameterError(f"{where}parameter {name!r} must be text, a number, True, False or a list, got {value!r}")
-    alike = kind is list and len({type(element) for element in default}) == 1
-    adapter = TypeAdapter(list[type(default[0])] if alike else kind)
+    adapter = TypeAdapter(list[type(default[0])] if kind is list and len({*map(type, default)}) == 1 else kind)
     try:
         if text and isinstance(value, str) and kind is not str:
             return adapter.validate_json(value.lower() if kind is bool else value, strict=True)

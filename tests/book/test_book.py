@@ -202,9 +202,12 @@ def test_the_page_about_the_whole_model_shows_what_was_measured(html):
         assert re.search(rf"{re.escape(row['method'])}\s+{row['value']:.4f}\s+{row['low']:.4f} to", text), row["method"]
     best = {row["comparison"]: row for row in found["compared"]}["ID + LM against ID"]
     assert f"gains {best['relative']:+.1%} ({best['mean_a']:.4f} against {best['mean_b']:.4f}" in text
-    values = np.load(ROOT / "benchmarks/whole.npz")
+    values, by_seed = (np.load(ROOT / f"benchmarks/{name}.npz") for name in ("whole", "gpu"))
     for row in found["means"]:
         assert values[row["method"]].mean() == pytest.approx(row["value"], abs=1e-6)
+    for name, means in gpu["whole"]["ndcg@10"].items():
+        own = [by_seed[key].mean() for key in sorted(by_seed) if key.startswith(f"{name}, seed ")]
+        assert own == pytest.approx(means, abs=1e-6)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import torch
 
 from llmrec_lib.language_models.encoder import TextEncoder
 from llmrec_lib.language_models.likelihood import TitleLikelihood
-from llmrec_lib.shards import in_shards
+from llmrec_lib.shards import in_advance, in_shards
 from llmrec_lib.study import run
 from tests.unit.test_runner import PARAMETERS, statuses, write_notebook
 from tests.unit.tiny_models import tiny_bert, tiny_llama, tiny_tokenizer
@@ -77,6 +77,17 @@ def test_shards_run_here_without_a_scheduler(tmp_path):
     assert next(shards) == (0, os.getpid())
     assert len(list(tmp_path.iterdir())) == 1  # as soon as it is known, and not all at once
     assert [square for square, _ in shards] == [1, 4]
+
+
+@pytest.mark.slow
+def test_in_advance_the_workers_compute_and_without_a_scheduler_nobody(cluster, tmp_path, monkeypatch):
+    address, workers = cluster
+    in_advance(slow_square, tmp_path, range(4))
+    assert not pids(tmp_path)
+    monkeypatch.setenv("LLMREC_SCHEDULER", address)
+    in_advance(slow_square, tmp_path, range(4))
+    assert len(list(tmp_path.glob("*.begun"))) == 4
+    assert pids(tmp_path) <= {worker.pid for worker in workers}
 
 
 @pytest.mark.slow
@@ -164,7 +175,7 @@ os.kill(int(pid), signal.SIGKILL)
 
 
 @pytest.mark.slow
-def test_seeds_of_a_chapter_are_trained_by_the_workers(cluster, tmp_path, monkeypatch):
+def test_a_chapter_whose_seeds_are_trained_in_advance_gives_the_same_tables(cluster, tmp_path, monkeypatch):
     address, _ = cluster
     monkeypatch.chdir(tmp_path)
     scale = {"methods": ["pop", "sasrec"], "seeds": 2, "max_epochs": 1, "max_users": 40}
