@@ -20,6 +20,8 @@ def seconds_of(work: Callable[[], Any]) -> float:
 @contextlib.contextmanager
 def empty_cache() -> Iterator[dict[str, str]]:
     """The environment variable of a cache from which nothing can be read back, but models, which are fetched once."""
+    models = (cache_dir() / "models").absolute()
+    models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "models").symlink_to((cache_dir() / "models").absolute())
+        Path(folder, "models").symlink_to(models)
         yield {"LLMREC_CACHE": folder}
