@@ -43,7 +43,8 @@ def build_book(executed: str | Path = EXECUTED, out: str | Path = "_build/html",
     sources = {name: path for name, path in sources.items() if not skipped.intersection(name.parts)} | notebooks
     # The API reference is made from the library's docstrings, all pages by the packages of the lock.
     made_by = [*sorted(Path(llmrec_lib.__file__).parent.rglob("*.py")), *root.glob("requirements.lock")]
-    key = content_key({str(name): path for name, path in sources.items()}, made_by)
+    launch = [os.environ.get(name, "") for name in ("GITHUB_REPOSITORY", "GITHUB_REF_NAME")]  # where Colab finds it
+    key = content_key({str(name): path for name, path in sources.items()}, made_by, launch)
     index, key_file = out / "index.html", out / KEY_FILE
     made = index.is_file() and key_file.is_file() and key_file.read_text(encoding="utf-8") == key
     if made and index.stat().st_mtime <= key_file.stat().st_mtime:  # else a bare `jupyter-book build .` wrote over it

@@ -30,6 +30,8 @@ EXECUTED, BENCHMARKS = "book/executed", "benchmarks/results.json"
 PREFIX = "application/papermill.record/"  # myst_nb.glue(..., display=False) puts it before each MIME type
 # The package carries the JavaScript: formulas then need no network. SVG output needs no fonts either.
 MATHJAX_PACKAGE, MATHJAX_FILE = "sphinx-mathjax-offline", "tex-svg-full.js"
+JUPYTERLAB = "http://localhost:8888/lab/tree/{}"
+COLAB = "https://colab.research.google.com/github/{}/blob/{}/{}"
 NOT_RECORDED = "not recorded"
 
 
@@ -437,8 +439,29 @@ def _without_thebe(app: Any, page: str, template: str, context: dict[str, Any], 
         context[kind] = [file for file in files if "thebe" not in f"{file} {getattr(file, 'attributes', '')}".lower()]
 
 
+def _launch(app: Any, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Each chapter opens as its unexecuted notebook in the reader's JupyterLab, and in Colab where the book is built on GitHub."""
+    if not page.startswith(f"{EXECUTED}/"):
+        return
+    notebook, repository = f"notebooks/{Path(page).name}.ipynb", os.environ.get("GITHUB_REPOSITORY")
+    buttons = [
+        ("JupyterLab", "Open in your JupyterLab; start it first: .venv/bin/jupyter lab", JUPYTERLAB.format(notebook))
+    ]
+    if repository:
+        install = f'%pip install "llmrec_lib @ git+https://github.com/{repository}"'
+        url = COLAB.format(repository, os.environ.get("GITHUB_REF_NAME", "main"), notebook)
+        buttons.append(("Colab", f"Open in Colab; add a first cell there: {install}", url))
+    links = [
+        {"type": "link", "text": text, "tooltip": tooltip, "icon": "fas fa-rocket", "url": url}
+        for text, tooltip, url in buttons
+    ]
+    group = {"type": "group", "tooltip": "Run this chapter yourself", "icon": "fas fa-rocket", "buttons": links}
+    context["header_buttons"].insert(0, {**group, "label": "launch-buttons"})
+
+
 def setup(app: Any) -> dict[str, bool]:
     app.connect("config-inited", _configure)
+    app.connect("html-page-context", _launch, priority=600)  # the theme's own buttons come with 501
     app.connect("html-page-context", _without_thebe, priority=900)
     app.connect("autodoc-process-docstring", _keep_whole, priority=400)  # before napoleon
     app.connect("build-finished", _copy_mathjax)

@@ -110,6 +110,8 @@ def source(tmp_path_factory):
 def html(source):
     with pytest.MonkeyPatch.context() as patch:
         # The library is imported for its reference, wherever the tests found it.
+        patch.setenv("GITHUB_REPOSITORY", "owner/name")
+        patch.setenv("GITHUB_REF_NAME", "main")
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
         return build_book(source / "book/executed", source / "html", source).parent
 
@@ -129,6 +131,16 @@ def test_every_page_is_there_and_none_shows_an_error(html):
 def test_a_script_in_a_title_is_only_text(html):
     page = (html / "book/executed/01_data.html").read_text(encoding="utf-8")
     assert ATTACK not in page and "attacked = 1" in unescape(words(html / "book/executed/01_data.html"))
+
+
+@pytest.mark.slow
+def test_chapters_open_unexecuted_in_jupyterlab_and_where_the_repository_is_known_in_colab(html):
+    for name in CHAPTERS:
+        page = (html / f"book/executed/{name}.html").read_text(encoding="utf-8")
+        assert f'href="http://localhost:8888/lab/tree/notebooks/{name}.ipynb"' in page
+        assert f'href="https://colab.research.google.com/github/owner/name/blob/main/notebooks/{name}.ipynb"' in page
+        assert (ROOT / f"notebooks/{name}.ipynb").is_file()
+    assert "lab/tree" not in (html / "book/glossary.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
