@@ -1,12 +1,17 @@
 """Compare two runs of the study, row by row, and print for each chapter where they differ most.
 
-python book/two_runs.py results other/results [tolerance]
+python book/two_runs.py results other/results [--tolerance T] [--out FILE]
 
 Exit status 1 if a value differs by more than the tolerance, or if a chapter that both have has rows in one of them alone.
 """
 
+from __future__ import annotations
+
+import argparse
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -20,27 +25,56 @@ def differences(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     return both.assign(off=(both["value"] - both["value_other"]).abs() / both["value"].abs().clip(lower=1.0))
 
 
-def main(first: str = "results", second: str = "", tolerance: float = TOLERANCE) -> int:
-    folders = [
-        {path.parent.relative_to(top): path for path in Path(top).glob("*/*/metrics.csv")} for top in (first, second)
-    ]
-    shared = sorted(folders[0].keys() & folders[1].keys())
-    if not shared:
-        other = second or "(no second folder given)"
-        print(f"{first} and {other} share no chapter of a data set: there is nothing to compare", file=sys.stderr)
+def compared(first: Path, second: Path) -> dict[str, Any]:
+    """One chapter of two runs, from its two folders of tables: both runs' day and processor, and where they differ most."""
+    table = differences(*(pd.read_csv(folder / "metrics.csv") for folder in (first, second)))
+    worst, facts = table.loc[table["off"].fillna(-1).idxmax()], {}
+    for name, folder in (("first", first), ("second", second)):
+        run = json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else {}
+        facts[name] = {"started": run.get("started"), "cpu": run.get("machine", {}).get("cpu")}
+    where = f"{worst['method']}, seed {worst['seed']}, {worst['metric']}@{worst['k']}, {worst['protocol']}"
+    values = [float(worst[name]) for name in ("value", "value_other")]
+    lacking = int(table["off"].isna().sum())
+    return {
+        **facts,
+        "rows": len(table),
+        "lacking": lacking,
+        "off": float(worst["off"]),
+        "where": where,
+        "values": values,
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("first", help="folder of one run's tables")
+    parser.add_argument("second", help="folder of the other run's tables")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="largest difference (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="also write what was found to this JSON file")
+    options = parser.parse_args(arguments)
+    first, second = (
+        {path.parent.relative_to(top).as_posix(): path.parent for path in Path(top).glob("*/*/metrics.csv")}
+        for top in (options.first, options.second)
+    )
+    shared = sorted(first.keys() & second.keys())
+    found = {chapter: compared(first[chapter], second[chapter]) for chapter in shared}
+    # A chapter that was copied from one folder to the other shows nothing.
+    found = {
+        chapter: one for chapter, one in found.items() if not one["first"]["started"] or one["first"] != one["second"]
+    }
+    if not found:
+        print(f"{options.first} and {options.second} share no chapter that ran twice", file=sys.stderr)
         return 1
     wrong = 0
-    for chapter in shared:
-        table = differences(*(pd.read_csv(folder[chapter]) for folder in folders))
-        lacking, worst = int(table["off"].isna().sum()), table.loc[table["off"].fillna(-1).idxmax()]
-        fine = not lacking and worst["off"] <= float(tolerance)
+    for chapter, one in found.items():
+        fine = not one["lacking"] and one["off"] <= options.tolerance
         wrong += not fine
-        where = f"{worst['method']}, seed {worst['seed']}, {worst['metric']}@{worst['k']}, {worst['protocol']}"
-        values = f"{worst['value']:.6f} and {worst['value_other']:.6f}"
-        said = f"{chapter}: {'agrees' if fine else 'DIFFERS'}, {len(table)} rows, {lacking} in one run alone"
-        print(f"{said}, largest {worst['off']:.2e} ({where}: {values})")
+        said = f"{chapter}: {'agrees' if fine else 'DIFFERS'}, {one['rows']} rows, {one['lacking']} in one run alone"
+        print(f"{said}, largest {one['off']:.2e} ({one['where']}: {one['values'][0]:.6f} and {one['values'][1]:.6f})")
+    if options.out:
+        options.out.write_text(json.dumps({"tolerance": options.tolerance, "chapters": found}, indent=1) + "\n")
     return int(wrong > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

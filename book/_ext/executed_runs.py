@@ -1,7 +1,7 @@
 """Sphinx extension: the pages around the chapters take figures, numbers and run data out of the executed notebooks.
 
 In Markdown: ``{{ run.fusion.best_id_ndcg }}`` is what chapter 06_fusion glued under that name; the directives are
-``run-figure``, ``run-settings`` and ``run-status``. A name that no chapter glued is a warning, so it stops the build.
+``run-figure``, ``run-settings``, ``run-status`` and ``two-runs``. A name that no chapter glued is a warning, so it stops the build.
 ``benchmark-table`` and ``benchmark-growth`` show what `make bench` measured, ``scale-table`` what
 ``python -m benchmarks.scale`` did, ``soak-table`` what `make soak` saw, ``gpu-table`` and ``gpu-whole`` what
 ``python -m benchmarks.gpu`` did, ``whole-model`` what ``python -m benchmarks.whole`` found.
@@ -191,6 +191,21 @@ class RunStatus(_FromRuns):
             if chapters
             else "There is no executed chapter."
         )
+
+
+class TwoRuns(_FromRuns):
+    """``two-runs``: what ``make agree`` found between the run before and the published one."""
+
+    def run(self) -> list[nodes.Node]:
+        rows = []
+        for chapter, one in self.benchmarks("benchmarks/two_runs.json")["chapters"].items():
+            runs = [f"{_day(one[run]['started'])}, {one[run]['cpu'] or NOT_RECORDED}" for run in ("first", "second")]
+            counts = [f"{one['rows'] - one['lacking']:,}", f"{one['lacking']:,}"]
+            values = " and ".join(f"{value:.4g}" for value in one["values"])
+            where = [f"{one['off']:.5f}", f"{one['where']}: {values}"] if one["off"] else ["0", "all are equal"]
+            rows.append([chapter, *runs, *counts, *where])
+        header = ["chapter", "run before", "this run", "values of both", "of one alone", "largest difference", "where"]
+        return self.markdown(_table(header, rows))
 
 
 class BenchmarkTable(_FromRuns):
@@ -468,6 +483,7 @@ def setup(app: Any) -> dict[str, bool]:
     app.add_directive("run-figure", RunFigure)
     app.add_directive("run-settings", RunSettings)
     app.add_directive("run-status", RunStatus)
+    app.add_directive("two-runs", TwoRuns)
     app.add_directive("benchmark-table", BenchmarkTable)
     app.add_directive("benchmark-growth", BenchmarkGrowth)
     app.add_directive("scale-table", ScaleTable)
