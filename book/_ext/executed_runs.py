@@ -1,10 +1,11 @@
 """Sphinx extension: the pages around the chapters take figures, numbers and run data out of the executed notebooks.
 
 In Markdown: ``{{ run.fusion.best_id_ndcg }}`` is what chapter 06_fusion glued under that name; the directives are
-``run-figure``, ``run-settings``, ``run-status`` and ``two-runs``. A name that no chapter glued is a warning, so it stops the build.
+``run-figure``, ``run-settings``, ``run-status``, ``run-elsewhere`` and ``two-runs``. A name that no chapter glued
+is a warning, so it stops the build.
 ``benchmark-table`` and ``benchmark-growth`` show what `make bench` measured, ``scale-table`` what
 ``python -m benchmarks.scale`` did, ``soak-table`` what `make soak` saw, ``gpu-table`` and ``gpu-whole`` what
-``python -m benchmarks.gpu`` did, ``whole-model`` what ``python -m benchmarks.whole`` found.
+``python -m benchmarks.gpu`` did, ``whole-model`` and ``whole-answer`` what ``python -m benchmarks.whole`` found.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ MATHJAX_PACKAGE, MATHJAX_FILE = "sphinx-mathjax-offline", "tex-svg-full.js"
 JUPYTERLAB = "http://localhost:8888/lab/tree/{}"
 COLAB = "https://colab.research.google.com/github/{}/blob/{}/{}"
 NOT_RECORDED = "not recorded"
+PLACES = ("dataset", "data_dir", "results_dir", "protocol")  # parameters that say where, and no scale
 
 
 def notebooks(source: Path) -> dict[str, dict[str, Any]]:
@@ -193,6 +195,25 @@ class RunStatus(_FromRuns):
         )
 
 
+class RunElsewhere(_FromRuns):
+    """``run-elsewhere``: the runs on other data sets, from their tables' ``run.json``."""
+
+    def run(self) -> list[nodes.Node]:
+        chapters, rows = self.chapters(), []
+        for path in sorted(Path(self.env.srcdir).glob("results/*/*/run.json")):
+            self.env.note_dependency(str(path))
+            run, name = json.loads(path.read_text(encoding="utf-8")), path.parent.name
+            usual = settings(chapters[name]) if name in chapters else {}
+            if run["parameters"]["dataset"] == usual.get("dataset"):
+                continue
+            own = {k: v for k, v in run["parameters"].items() if k not in PLACES and k in usual and v != usual[k]}
+            scale = ", ".join(f"`{k}={v!r}`" for k, v in own.items())
+            facts = [_day(run["started"]), _clock(run["wall_seconds"]), f"{run['peak_memory_mb'] / 1000:.1f} GB"]
+            rows.append([path.parent.parent.name, name, *facts, _machine(run["machine"]), scale])
+        header = ["data set", "chapter", "executed (UTC)", "took", "peak memory", "machine", "scale"]
+        return self.markdown(_table(header, rows) if rows else "None was run.")
+
+
 class TwoRuns(_FromRuns):
     """``two-runs``: what ``make agree`` found between the run before and the published one."""
 
@@ -337,8 +358,8 @@ class GpuWhole(_FromRuns):
         )
         answer = (
             f"A second pass through the same histories changes NDCG@10 by {against['unchanged copies']['relative']:+.1%}; the best "
-            f"of the changed copies, {best['method']}, by {best['relative']:+.1%} beyond that (p {best['p_holm']:.4f}). "
-            f"The same body with another seed differs by up to {spread:.1%}."
+            f"of the changed copies on test, {best['method']}, by {best['relative']:+.1%} beyond that (p {best['p_holm']:.4f}). "
+            f"One training each: the same body with another seed differs by up to {spread:.1%}."
         )
         return self.markdown(f"{table}\n*Measured on:* {_machine(found['machine'])}.\n\n{answer}")
 
@@ -374,6 +395,14 @@ class WholeModel(_FromRuns):
         ]
 
 
+class WholeAnswer(_FromRuns):
+    """``whole-answer``: what ``python -m benchmarks.whole`` found, in words."""
+
+    def run(self) -> list[nodes.Node]:
+        found = self.benchmarks("benchmarks/whole.json")
+        return self.markdown(_whole_answer(found, pd.DataFrame(found["compared"]).set_index("comparison")))
+
+
 def _whole_answer(found: dict[str, Any], compared: pd.DataFrame) -> str:
     def judged(name: str) -> str:
         row = compared.loc[name]
@@ -383,14 +412,15 @@ def _whole_answer(found: dict[str, Any], compared: pd.DataFrame) -> str:
 
     def gain(name: str) -> str:
         row = compared.loc[name]
-        return f"{row.relative:+.1%} ({row.mean_a:.4f} against {row.mean_b:.4f}, p {row.p_holm:.4f})"
+        shown = "" if row.significant else ", not significant"
+        return f"{row.relative:+.1%} ({row.mean_a:.4f} against {row.mean_b:.4f}, p {row.p_holm:.4f}{shown})"
 
     last = found["curve"][-1]
     return (
         f"After {last['epoch']:.0f} epochs of all {found['layers']} layers ({last['tokens'] / 1e6:.1f} million tokens, "
         f"{last['seconds'] / 3600:.1f} hours at {found['tokens_per_second']:.0f} tokens per second) the language model alone "
         f"has NDCG@10 {compared.loc['LM against sasrec'].mean_a:.4f}: {judged('LM against sasrec')}, {judged('LM against gru4rec')}. "
-        f"The best ID-only system gains {gain('ID + LM against ID')} with it. Against the same with ItemKNN as a further arm in its "
+        f"The best ID-only system changes by {gain('ID + LM against ID')} with it. Against the same with ItemKNN as a further arm in its "
         f"place the difference is {gain('ID + LM against ID + itemknn')}, against sentence embeddings {gain('ID + LM against ID + text')}."
     )
 
@@ -483,7 +513,9 @@ def setup(app: Any) -> dict[str, bool]:
     app.add_directive("run-figure", RunFigure)
     app.add_directive("run-settings", RunSettings)
     app.add_directive("run-status", RunStatus)
+    app.add_directive("run-elsewhere", RunElsewhere)
     app.add_directive("two-runs", TwoRuns)
+    app.add_directive("whole-answer", WholeAnswer)
     app.add_directive("benchmark-table", BenchmarkTable)
     app.add_directive("benchmark-growth", BenchmarkGrowth)
     app.add_directive("scale-table", ScaleTable)

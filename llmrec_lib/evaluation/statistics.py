@@ -63,14 +63,15 @@ def compare(a: Runs, b: Runs, metric: str = "ndcg@10") -> dict[str, float | str 
     dict
         ``a``, ``b`` (names), ``metric``, ``n_users``, ``mean_a``, ``mean_b``, ``difference`` (a − b), ``low``, ``high`` (95 %
         bootstrap interval over users), ``relative`` (difference / mean_b), ``p`` (two-sided paired permutation test by sign
-        flips, 9,999 resamples), ``effect`` (Cohen's d of the paired differences).
+        flips, 9,999 resamples), ``p_seeds`` (two-sided t-test over the seeds' mean differences: does it hold from one training
+        to the next? NaN for one seed, or where nothing differs between seeds), ``effect`` (Cohen's d of the differences).
 
     Raises
     ------
     ValueError
         No user was judged in both, or the runs come from different data, protocol or phase.
     """
-    first, second = ([runs] if isinstance(runs, Evaluation) else runs for runs in (a, b))
+    first, second = ([runs] if isinstance(runs, Evaluation) else list(runs) for runs in (a, b))
     per_user_mean([*first, *second], metric)  # only if all are of one data set, protocol and phase
     values = pd.concat([per_user_mean(a, metric), per_user_mean(b, metric)], axis=1, join="inner").to_numpy(np.float64)
     if not len(values):
@@ -81,8 +82,11 @@ def compare(a: Runs, b: Runs, metric: str = "ndcg@10") -> dict[str, float | str 
     gain, (mean_a, mean_b) = difference.mean(), values.mean(axis=0)
     names = {"a": first[0].method, "b": second[0].method, "metric": metric, "n_users": len(values)}
     means = {"mean_a": mean_a, "mean_b": mean_b, "difference": gain, "low": low, "high": high}
+    by_seed = [one.mean(metric) - other.mean(metric) for one, other in zip(first, second, strict=False)]
+    paired = len(first) == len(second) and np.ptp(by_seed) > 1e-9
+    p_seeds = stats.ttest_1samp(by_seed, 0).pvalue if paired else np.nan
     relative, effect = gain / mean_b if mean_b else np.nan, gain / deviation if deviation else 0.0
-    return names | means | {"relative": relative, "p": _sign_flip_p(difference), "effect": effect}
+    return names | means | {"relative": relative, "p": _sign_flip_p(difference), "p_seeds": p_seeds, "effect": effect}
 
 
 def _sign_flip_p(difference: np.ndarray) -> float:

@@ -42,4 +42,4 @@ def test_own_data_by_plain_papermill(tmp_path):
     assert set(metrics.protocol) == {"leave_one_out", "random_ratio"}
     at_10 = metrics[(metrics.metric == "ndcg") & (metrics.k == 10) & (metrics.protocol == "leave_one_out")]
     ndcg = at_10.set_index("method")["value"]
-    assert ndcg["text alone"] > ndcg["pop"]  # here the words say what a user likes
+    assert ndcg["best text arm"] > ndcg["pop"]  # here the words say what a user likes

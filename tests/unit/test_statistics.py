@@ -70,6 +70,16 @@ def test_a_clear_difference_and_its_mirror_image(noise):
     assert worse["high"] < 0
 
 
+def test_p_over_seeds_asks_whether_a_difference_holds_from_one_training_to_the_next(noise):
+    base, shifts = noise.random(200), np.array([0.05, -0.04, 0.06, 0.01])
+    a, b = [judged(base + shift) for shift in shifts], [judged(base) for _ in shifts]
+    result = compare(a, b)
+    assert result["p_seeds"] == pytest.approx(stats.ttest_1samp(shifts, 0).pvalue)
+    assert result["p"] < 0.001 < 0.05 < result["p_seeds"]  # sure over users, and a matter of luck over seeds
+    assert np.isnan(compare(a[0], b[0])["p_seeds"]) and np.isnan(compare(a, b[:2])["p_seeds"])
+    assert np.isnan(compare(b, [judged(base - 0.1) for _ in shifts])["p_seeds"])  # no seed says more than another
+
+
 def test_identical_runs(noise):
     a = judged(noise.random(50))
     result = compare(a, a)
@@ -95,7 +105,7 @@ def test_seeds_are_averaged_before_the_test(noise):
     runs = [judged(noise.random(40), seed=seed) for seed in range(3)]
     other = judged(noise.random(40), "b")
     mean = judged(np.mean([run.per_user["ndcg@10"] for run in runs], axis=0))
-    assert compare(runs, other) == pytest.approx(compare(mean, other))
+    assert compare(runs, other) == pytest.approx(compare(mean, other), nan_ok=True)
     assert per_user_mean(runs, "ndcg@10").to_numpy() == pytest.approx(mean.per_user["ndcg@10"].to_numpy())
 
 
