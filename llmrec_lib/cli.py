@@ -31,9 +31,7 @@ def main() -> None:
 @click.option("--executed", "executed_dir", default="_build/executed", metavar="DIR", help="For executed notebooks.")
 @click.option("--notebooks", "notebooks_dir", default="notebooks", metavar="DIR", help="Folder of the chapters.")
 @click.option("--cell-timeout", type=click.IntRange(0), default=0, help="Seconds that a cell may take; 0: no limit.")
-@click.option(
-    "--cache-gb", type=click.FloatRange(0), envvar="LLMREC_CACHE_GB", help="Shrink the cache to so much first."
-)
+@click.option("--cache-gb", type=click.FloatRange(0), envvar="LLMREC_CACHE_GB", help="First shrink the cache to it.")
 @click.option("--force", is_flag=True, help="Execute also chapters that are up to date.")
 def run(parameters: tuple[tuple[str, str], ...], **options: object) -> None:
     """Execute chapters ("06", "fusion" or "06_fusion"; all, if none is named), skipping those that are up to date.

@@ -83,8 +83,7 @@ def compare(a: Runs, b: Runs, metric: str = "ndcg@10") -> dict[str, float | str 
     names = {"a": first[0].method, "b": second[0].method, "metric": metric, "n_users": len(values)}
     means = {"mean_a": mean_a, "mean_b": mean_b, "difference": gain, "low": low, "high": high}
     by_seed = [one.mean(metric) - other.mean(metric) for one, other in zip(first, second, strict=False)]
-    paired = len(first) == len(second) and np.ptp(by_seed) > 1e-9
-    p_seeds = stats.ttest_1samp(by_seed, 0).pvalue if paired else np.nan
+    p_seeds = stats.ttest_1samp(by_seed, 0).pvalue if len(first) == len(second) and np.ptp(by_seed) > 1e-9 else np.nan
     relative, effect = gain / mean_b if mean_b else np.nan, gain / deviation if deviation else 0.0
     return names | means | {"relative": relative, "p": _sign_flip_p(difference), "p_seeds": p_seeds, "effect": effect}
 
