@@ -52,7 +52,7 @@ study: $(STAMP) ## run every chapter at PROFILE's scale and build that book into
 		$(if $(DATASET),-p dataset "$(DATASET)") $(if $(DATA_DIR),-p data_dir "$(DATA_DIR)") $(ARGS)
 	@# Chapter 11 reads what the others wrote, so it is always made anew.
 	$(VENV)/bin/llmrec run 11 --force --profile "$(PROFILE)" --results "$(RESULTS)" --executed "$(EXECUTED)" \
-		$(if $(DATASET),-p dataset "$(DATASET)") $(if $(DATA_DIR),-p data_dir "$(DATA_DIR)")
+		$(if $(DATASET),-p dataset "$(DATASET)") $(if $(DATA_DIR),-p data_dir "$(DATA_DIR)") $(if $(filter -p,$(firstword $(ARGS))),$(ARGS))
 	$(PY) book/build_book.py --executed "$(EXECUTED)"
 
 book: $(STAMP) ## build the published book from book/executed into _build/html, running nothing

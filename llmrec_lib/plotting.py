@@ -78,8 +78,7 @@ def gain_map(gains: pd.DataFrame, ax: Axes | None = None) -> Axes:
     if gains.empty:
         raise ValueError("there are no gains to draw")
     settings, strategies = gains["setting"].unique().tolist(), gains["strategy"].unique().tolist()
-    size = (2.4 + 0.84 * len(strategies), 1.6 + 0.55 * len(settings))
-    ax = ax or plt.subplots(figsize=size)[1]
+    ax = ax or plt.subplots(figsize=(2.4 + 0.84 * len(strategies), 1.6 + 0.55 * len(settings)))[1]
     table = gains.pivot(index="setting", columns="strategy", values="relative").loc[settings, strategies]
     reach = max(0.05, np.nanquantile(np.abs(table), 0.9))
     ax.imshow(table, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto")

@@ -44,8 +44,8 @@ def with_intervals(runs: Mapping[str, Runs], metric: str = "ndcg@10") -> pd.Data
     rows = []
     for name, evaluations in runs.items():
         values = per_user_mean(evaluations, metric)
-        first = evaluations if isinstance(evaluations, Evaluation) else evaluations[0]
-        rows.append((name, first.family, values.mean(), *interval(values.to_numpy())))
+        family = (evaluations if isinstance(evaluations, Evaluation) else evaluations[0]).family
+        rows.append((name, family, values.mean(), *interval(values.to_numpy())))
     return pd.DataFrame(rows, columns=["method", "family", "value", "low", "high"])
 
 

@@ -265,9 +265,8 @@ class TitleLikelihood:
 
 
 def naive_log_likelihood(
-    scorer: TitleLikelihood, prompt: str | Sequence[int], rows: Sequence[int] | None = None, batch_size: int = 1,
-    over: str = "vocabulary",
-) -> Tensor:  # fmt: skip
+    scorer: TitleLikelihood, prompt: str | Sequence[int], batch_size: int = 1, over: str = "vocabulary"
+) -> Tensor:
     """The reference: prompt and title are read together, for each distinct title anew.
 
     Parameters
@@ -275,16 +274,12 @@ def naive_log_likelihood(
     scorer : TitleLikelihood
         Gives model, tokens and rules for prompts.
     prompt : str or token ids
-    rows : sequence of int, optional
-        Positions in ``scorer.titles``; all by default.
     batch_size : int
         Titles of similar length read together, padded on the right.
     over : see `TitleLikelihood.log_likelihood`
     """
-    chosen = range(len(scorer.titles)) if rows is None else rows
-    titles = [scorer.title_tokens[row] for row in chosen]
     allowed = followers(scorer.title_tokens) if over == "catalogue" else None
-    return _padded_scores(scorer, scorer.prompt_tokens(prompt), titles, batch_size, allowed)
+    return _padded_scores(scorer, scorer.prompt_tokens(prompt), scorer.title_tokens, batch_size, allowed)
 
 
 def followers(sequences: Iterable[Sequence[int]]) -> Followers:

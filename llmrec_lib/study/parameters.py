@@ -60,11 +60,6 @@ def literals(source: str, where: str) -> dict[str, Value]:
     return values
 
 
-def check_parameters(notebook: str | Path, given: Mapping[str, Any]) -> dict[str, Value]:
-    """A notebook's defaults, replaced by the given values (see `convert`); ParameterError says what does not fit."""
-    return check_values(declared_parameters(notebook), given, Path(notebook).stem)
-
-
 def require_known(names: Iterable[str], known: Mapping[str, Value], where: str) -> None:
     """Raise ParameterError for the first name that nothing in `where` declares, with the known ones and the nearest."""
     for name in names:

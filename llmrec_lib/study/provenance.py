@@ -18,8 +18,8 @@ from llmrec_lib.cache import code_of, content_key
 PACKAGE = Path(llmrec_lib.__file__).parent
 KEY_PACKAGES = ("numpy", "scipy", "pandas", "torch", "transformers", "recbole", "scikit-learn", "optuna")
 IMPORT = re.compile(r"^[ \t]*(?:from|import) (llmrec_lib[\w.]*)(?: import (?:\(([^)]*)\)|(.*)))?", re.MULTILINE)
-# They decide how results are run, drawn and stored, not what a method's numbers are.
-PRESENTATION = ("cli.py", "plotting.", "study/")
+# They decide how results are run, compared, drawn and stored, not what a method's numbers are.
+PRESENTATION = ("cli.py", "plotting.", "study/", "evaluation/statistics.")
 
 
 @functools.cache
@@ -83,3 +83,11 @@ def public_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
     """The parameters with absolute paths cut to their last component, so that no machine's folders are published."""
     private = {n for n, v in parameters.items() if isinstance(v, str) and (os.path.isabs(v) or v.startswith("~"))}
     return {name: PurePath(value).name if name in private else value for name, value in parameters.items()}
+
+
+def model_hash(name: str) -> str | None:
+    """SHA-256 of a catalog model's published weights, hash of a local folder; a hub name holds its revision itself."""
+    from llmrec_lib.language_models import catalog
+
+    known = Path(name).is_dir() or catalog.split_name(name)[1]
+    return catalog.name_hash(name) if known else catalog.list_models().set_index("name")["sha256"].get(name)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import pandas as pd
@@ -63,7 +64,9 @@ class Study:
     def models(self) -> dict[str, dict[str, str | None]]:
         """Name and hash of the models that the parameters encoder and llm stand for."""
         roles = ("encoder", "llm")
-        return {role: {"name": self._public[role], "sha256": _model_hash(self.parameters[role])} for role in roles}
+        return {
+            role: {"name": self._public[role], "sha256": provenance.model_hash(self.parameters[role])} for role in roles
+        }
 
     def unit(
         self, method: str, *, family: str, seed: int, compute: Callable[[], Evaluation], key: Any = (),
@@ -186,9 +189,14 @@ def _read_unit(path: Path) -> Evaluation | None:
 
 def _what_it_uses(function: Callable, above: tuple = ()) -> list:
     """Content of a function that decides its result and can be read: its source, and what the names in it stand for."""
-    used = inspect.getclosurevars(function)
-    names = sorted({**used.globals, **used.nonlocals}.items())
-    return [inspect.getsource(function), [(name, _content(value, (*above, function))) for name, value in names]]
+    names, known = _names(function.__code__), {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
+    used = [(name, _content(known[name], (*above, function))) for name in sorted(names & known.keys())]
+    return [inspect.getsource(function), used]
+
+
+def _names(code: CodeType) -> set[str]:
+    """The names in a function that stand for something outside of it, also those inside lambdas, loops and generators."""
+    return {*code.co_names, *code.co_freevars}.union(*(_names(c) for c in code.co_consts if isinstance(c, CodeType)))
 
 
 def _content(value: Any, above: tuple) -> Any:
@@ -226,11 +234,3 @@ def _check_injected(chapter: str, cells: list[str]) -> None:
             declared = literals(before, f"{chapter}, parameters cell")
             injected = literals(source, f"{chapter}, injected parameters")
             check_values(declared, injected, chapter, text=False)
-
-
-def _model_hash(name: str) -> str | None:
-    """SHA-256 of a catalog model's published weights, hash of a local folder; a hub name holds its revision itself."""
-    from llmrec_lib.language_models import catalog
-
-    known = Path(name).is_dir() or catalog.split_name(name)[1]
-    return catalog.name_hash(name) if known else catalog.list_models().set_index("name")["sha256"].get(name)

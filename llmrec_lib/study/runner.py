@@ -134,6 +134,7 @@ def _plan(
                 "library": provenance.library_hash(used_by="\n".join(source for _, source, _ in _cells(path))),
                 "lock": file_sha256(lock) if lock.exists() else None,
                 "data": data.get(place),
+                "models": {role: provenance.model_hash(values[role]) for role in ("encoder", "llm") if role in values},
                 "versions": content_key(provenance.versions()),
             },
             threads=os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count()),

@@ -9,11 +9,16 @@ import sys
 import nbformat
 import pytest
 
-from llmrec_lib.study import ParameterError, check_parameters, declared_parameters, run
+from llmrec_lib.study import ParameterError, declared_parameters, run
 from llmrec_lib.study import runner as runner_module
+from llmrec_lib.study.parameters import check_values
 from llmrec_lib.study.runner import find_chapters
 
 PARAMETERS = 'results_dir = "results"\nseeds = 5\nrate = 0.5\nfast = False\nks = [5, 10]\nword = "a"\n'
+
+
+def check_parameters(notebook, given):
+    return check_values(declared_parameters(notebook), given, notebook.stem)
 
 
 def write_notebook(path, *cells, parameters=PARAMETERS, tag="parameters", kernelspec=True):
