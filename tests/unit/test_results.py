@@ -165,6 +165,23 @@ def test_a_unit_depends_on_the_values_its_function_names(parameters):
     assert len(list((Path(parameters["results_dir"]) / "tiny" / "02_baselines" / "units").iterdir())) == 3
 
 
+OFFSET = 0.0
+
+
+def shifted(value):
+    return value + OFFSET
+
+
+def test_a_unit_depends_on_names_inside_lambdas_and_generators_too(parameters, monkeypatch):
+    def unit():
+        compute = lambda: evaluation(value=sum(shifted(value) for value in [1.0]))  # noqa: E731
+        return Study("02_baselines", **parameters).unit("ease", family="id", seed=0, compute=compute)
+
+    assert unit().per_user["ndcg@10"].iloc[0] == 1
+    monkeypatch.setattr(sys.modules[__name__], "OFFSET", 2.0)
+    assert unit().per_user["ndcg@10"].iloc[0] == 3
+
+
 def test_read_back_is_what_was_computed(parameters):
     fresh = Study("01_a", **parameters).unit("ease", family="id", seed=0, compute=evaluation)
     again = Study("01_a", **parameters).unit("ease", family="id", seed=0, compute=evaluation)

@@ -200,6 +200,20 @@ def test_run_skip_and_rerun(project, monkeypatch):
     assert "notebook changed" in lines[-2]
 
 
+def test_a_model_that_was_trained_again_in_its_folder_outdates_the_chapter(project, tmp_path):
+    model, lines = tmp_path / "my-encoder", []
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_bytes(b"first weights")
+    parameters = PARAMETERS + f"extra = 1\nencoder = {str(model)!r}\n"
+    write_notebook(project / "notebooks" / "02_second.ipynb", "print(1)", parameters=parameters)
+    assert statuses(run(["2"])) == [("02_second", "done")]
+    assert statuses(run(["2"])) == [("02_second", "up to date")]
+    (model / "model.safetensors").write_bytes(b"other weights")
+    assert statuses(run(["2"], report=lines.append)) == [("02_second", "done")]
+    assert "models changed" in lines[0]
+
+
 def test_failed_chapter_is_kept_apart_and_the_others_run(project):
     write_notebook(project / "notebooks" / "01_first.ipynb", "x = 1", "raise RuntimeError(f'no {word}')")
     outcomes = run(parameters={"word": "luck"})
