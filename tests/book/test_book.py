@@ -101,6 +101,9 @@ def source(tmp_path_factory):
     (root / "benchmarks").mkdir()
     for measured in (ROOT / "benchmarks").glob("*.json"):
         shutil.copy(measured, root / "benchmarks")
+    for run in (ROOT / "results").glob("*/*/run.json"):
+        (root / run.relative_to(ROOT)).parent.mkdir(parents=True)
+        shutil.copy(run, root / run.relative_to(ROOT))
     for name in CHAPTERS:
         nbformat.write(stand_in(name), root / f"book/executed/{name}.ipynb")
     return root
@@ -170,6 +173,18 @@ def test_the_status_page_says_when_where_and_from_what(html):
 
 
 @pytest.mark.slow
+def test_the_status_page_shows_other_data_sets_and_both_runs_of_a_chapter(html):
+    text = unescape(words(html / "book/status.html"))
+    elsewhere = json.loads((ROOT / "results/online-retail/06_fusion/run.json").read_text())
+    assert re.search(rf"online-retail\s+06_fusion\s+{elsewhere['started'][:10]}", text)
+    twice = json.loads((ROOT / "benchmarks/two_runs.json").read_text())["chapters"]
+    for chapter, one in twice.items():
+        largest = f"{one['off']:.5f}" if one["off"] else "0"
+        shared = f"{one['rows'] - one['lacking']:,}"
+        assert re.search(rf"{chapter}\s.{{,120}}\s{shared}\s+{one['lacking']:,}\s+{largest}\s", text), chapter
+
+
+@pytest.mark.slow
 def test_the_speed_page_shows_each_measurement(html):
     page = html / "book/speed.html"
     text = unescape(words(page))
@@ -213,7 +228,8 @@ def test_the_page_about_the_whole_model_shows_what_was_measured(html):
     for row in found["means"]:
         assert re.search(rf"{re.escape(row['method'])}\s+{row['value']:.4f}\s+{row['low']:.4f} to", text), row["method"]
     best = {row["comparison"]: row for row in found["compared"]}["ID + LM against ID"]
-    assert f"gains {best['relative']:+.1%} ({best['mean_a']:.4f} against {best['mean_b']:.4f}" in text
+    said = f"changes by {best['relative']:+.1%} ({best['mean_a']:.4f} against {best['mean_b']:.4f}"
+    assert said in text and said in unescape(words(html / "book/index.html"))
     values, by_seed = (np.load(ROOT / f"benchmarks/{name}.npz") for name in ("whole", "gpu"))
     for row in found["means"]:
         assert values[row["method"]].mean() == pytest.approx(row["value"], abs=1e-6)
@@ -300,7 +316,7 @@ def test_stale_chapters_are_named_with_what_changed(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     reasons = stale.stale()
     assert [*reasons] == CHAPTERS
-    parts = {"notebook", "parameters", "library", "lock", "data", "versions"}
+    parts = {"notebook", "parameters", "library", "lock", "data", "models", "versions"}
     for reason in reasons.values():
         changed = reason.removesuffix(" changed").split(", ") if reason.endswith(" changed") else []
         assert set(changed) <= parts
