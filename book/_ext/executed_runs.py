@@ -389,7 +389,7 @@ class WholeModel(_FromRuns):
         table = _table(["system", "NDCG@10", "95 % interval"], sorted(rows, key=lambda row: row[1], reverse=True))
         machine = f"\n*Measured on:* {_machine(found['machine'])}."
         return [
-            *self.markdown(_whole_answer(found, compared)),
+            *self.markdown(_whole_answer(found)),
             *self.figure("whole", buffer.getvalue()),
             *self.markdown(table + machine),
         ]
@@ -399,11 +399,12 @@ class WholeAnswer(_FromRuns):
     """``whole-answer``: what ``python -m benchmarks.whole`` found, in words."""
 
     def run(self) -> list[nodes.Node]:
-        found = self.benchmarks("benchmarks/whole.json")
-        return self.markdown(_whole_answer(found, pd.DataFrame(found["compared"]).set_index("comparison")))
+        return self.markdown(_whole_answer(self.benchmarks("benchmarks/whole.json")))
 
 
-def _whole_answer(found: dict[str, Any], compared: pd.DataFrame) -> str:
+def _whole_answer(found: dict[str, Any]) -> str:
+    compared = pd.DataFrame(found["compared"]).set_index("comparison")
+
     def judged(name: str) -> str:
         row = compared.loc[name]
         word = ("above" if row.difference > 0 else "below") if row.significant else "not significantly different from"

@@ -157,7 +157,7 @@ def test_long_prompts_keep_their_end_and_long_titles_their_beginning(tokenizer):
     torch.testing.assert_close(scorer.log_likelihood(ids), reference, atol=1e-4, rtol=0)
 
 
-def test_batches_and_rows_of_the_reference(tokenizer):
+def test_batches_of_the_reference(tokenizer):
     scorer = make(tiny_llama(), tokenizer)
     single = naive_log_likelihood(scorer, PROMPT)
     torch.testing.assert_close(naive_log_likelihood(scorer, PROMPT, batch_size=4), single, atol=1e-4, rtol=0)
