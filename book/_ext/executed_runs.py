@@ -199,34 +199,41 @@ class RunElsewhere(_FromRuns):
     """``run-elsewhere``: the runs on other data sets, from their tables' ``run.json``."""
 
     def run(self) -> list[nodes.Node]:
-        chapters, rows = self.chapters(), []
+        chapters, rows, scales = self.chapters(), [], []
         for path in sorted(Path(self.env.srcdir).glob("results/*/*/run.json")):
             self.env.note_dependency(str(path))
             run, name = json.loads(path.read_text(encoding="utf-8")), path.parent.name
             usual = settings(chapters[name]) if name in chapters else {}
             if run["parameters"]["dataset"] == usual.get("dataset"):
                 continue
-            own = {k: v for k, v in run["parameters"].items() if k not in PLACES and k in usual and v != usual[k]}
-            scale = ", ".join(f"`{k}={v!r}`" for k, v in own.items())
             facts = [_day(run["started"]), _clock(run["wall_seconds"]), f"{run['peak_memory_mb'] / 1000:.1f} GB"]
-            rows.append([path.parent.parent.name, name, *facts, _machine(run["machine"]), scale])
-        header = ["data set", "chapter", "executed (UTC)", "took", "peak memory", "machine", "scale"]
-        return self.markdown(_table(header, rows) if rows else "None was run.")
+            rows.append([path.parent.parent.name, name, *facts])
+            own = {k: v for k, v in run["parameters"].items() if k not in PLACES and k in usual and v != usual[k]}
+            scales += [
+                f"````{{dropdown}} {path.parent.parent.name}, {name}",
+                f"Machine: {_machine(run['machine'])}",
+                "",
+            ]
+            scales += [_table(["parameter", "value"], [[f"`{k}`", f"`{v!r}`"] for k, v in own.items()]), "````", ""]
+        table = _table(["data set", "chapter", "executed (UTC)", "took", "peak memory"], rows)
+        return self.markdown("\n".join([table, *scales]) if rows else "None was run.")
 
 
 class TwoRuns(_FromRuns):
     """``two-runs``: what ``make agree`` found between the run before and the published one."""
 
     def run(self) -> list[nodes.Node]:
-        rows = []
+        rows, places = [], ["````{dropdown} Where each differs most"]
         for chapter, one in self.benchmarks("benchmarks/two_runs.json")["chapters"].items():
-            runs = [f"{_day(one[run]['started'])}, {one[run]['cpu'] or NOT_RECORDED}" for run in ("first", "second")]
+            runs = [
+                f"{(_day(one[run]['started']))[:10]}, {one[run]['cpu'] or NOT_RECORDED}" for run in ("first", "second")
+            ]
             counts = [f"{one['rows'] - one['lacking']:,}", f"{one['lacking']:,}"]
-            values = " and ".join(f"{value:.4g}" for value in one["values"])
-            where = [f"{one['off']:.5f}", f"{one['where']}: {values}"] if one["off"] else ["0", "all are equal"]
-            rows.append([chapter, *runs, *counts, *where])
-        header = ["chapter", "run before", "this run", "values of both", "of one alone", "largest difference", "where"]
-        return self.markdown(_table(header, rows))
+            rows.append([chapter.replace("/", " "), *runs, *counts, f"{one['off']:.5f}" if one["off"] else "0"])
+            if one["off"]:
+                places.append(f"- {chapter}: {one['where']}: {' and '.join(f'{value:.4g}' for value in one['values'])}")
+        header = ["chapter", "run before", "this run", "values of both", "of one alone", "largest difference"]
+        return self.markdown("\n".join([_table(header, rows), *places, "````"]))
 
 
 class BenchmarkTable(_FromRuns):

@@ -181,7 +181,9 @@ def test_the_status_page_shows_other_data_sets_and_both_runs_of_a_chapter(html):
     for chapter, one in twice.items():
         largest = f"{one['off']:.5f}" if one["off"] else "0"
         shared = f"{one['rows'] - one['lacking']:,}"
-        assert re.search(rf"{chapter}\s.{{,120}}\s{shared}\s+{one['lacking']:,}\s+{largest}\s", text), chapter
+        row = rf"{chapter.replace('/', ' ')}\s.{{,120}}\s{shared}\s+{one['lacking']:,}\s+{largest}\s"
+        assert re.search(row, text), chapter
+        assert not one["off"] or f"{chapter}: {one['where']}" in text
 
 
 @pytest.mark.slow
