@@ -1,21 +1,28 @@
 """``python -m benchmarks.whole``: all layers of the language model, fine-tuned on all histories, alone and in fusions.
 
-Chapters 04 and 06 do this with a few layers, a part of the users and three controls. Here the whole model is trained, for longer,
-which takes two cores an hour and more, into ``benchmarks/whole.json`` and, NDCG@10 of each user, ``benchmarks/whole.npz``. What was
-finished (epochs, prompts, trainings) is read from the cache when it is called again.
+Chapters 04 and 06 do this with a few layers and a part of the users. Here the whole model is trained, for longer, with the same
+controls (from random weights; on shuffled titles) and with several seeds, into ``benchmarks/whole.json`` and, NDCG@10 of each
+user, ``benchmarks/whole.npz``. A training takes two cores about an hour, a GPU minutes: `--scores-only` fills the cache there,
+``<cache>/whole``, which is all that is needed to go on elsewhere. What was finished (epochs, prompts, trainings) is read from the
+cache when it is called again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import FloatTensor, LongTensor, Tensor
 
 from llmrec_lib.baselines import train
-from llmrec_lib.cache import atomic_write
+from llmrec_lib.cache import atomic_write, cached_tensors, content_key
 from llmrec_lib.datasets import load_dataset
 from llmrec_lib.evaluation import Evaluation, compare_many, evaluate
 from llmrec_lib.evaluation.statistics import with_intervals
@@ -25,68 +32,133 @@ from llmrec_lib.language_models.compress import transformer_layers
 from llmrec_lib.language_models.encoder import TextEncoder
 from llmrec_lib.llm_based import TitleLikelihoodRecommender, catalogue_likelihood, finetune_shortened
 from llmrec_lib.prs_based import embed_items, text_arms
-from llmrec_lib.recommender import Recommender, ScoreTable
-from llmrec_lib.splits import split
+from llmrec_lib.recommender import PHASES, Recommender, ScoreTable
+from llmrec_lib.splits import Split, split
 from llmrec_lib.study.provenance import machine, versions
 
 PATH = Path(__file__).with_name("whole.json")
+LM, RANDOM, SHUFFLED = CONDITIONS = ("LM", "LM from random weights", "LM on shuffled titles")
 IDS = ("ease", "sasrec", "gru4rec")
 HALF_LIVES, TEXT_WEIGHTS = (0.0, 40.0, 5.0), (30.0, 100.0, 10.0, 300.0)  # as in chapter 06
 TRIALS = 10  # of each system's search, with or without the language model
 # Declared before anything was looked at: the language model alone, each system with it against the same without it, and
-# the best system with it against those with another ID-only arm, or sentence embeddings, in its place.
+# the best system with it against those with another ID-only arm, sentence embeddings or a control in its place.
 FAMILY = (
-    ("LM", "sasrec"), ("LM", "gru4rec"), *((f"{name} + LM", name) for name in IDS), ("ID + LM", "ID"),
-    ("ID + LM", "ID + itemknn"), ("ID + LM", "ID + text"),
+    (LM, "sasrec"), (LM, "gru4rec"), (LM, RANDOM), (LM, SHUFFLED), *((f"{name} + LM", name) for name in IDS),
+    ("ID + LM", "ID"), ("ID + LM", "ID + itemknn"), ("ID + LM", "ID + text"), ("ID + LM", f"ID + {RANDOM}"),
+    ("ID + LM", f"ID + {SHUFFLED}"),
 )  # fmt: skip
 
 
-def measure(llm: str, epochs: int, dataset: str, data_dir: str, max_users: int) -> dict:
+class Scored(Recommender):
+    """Scores that were computed before, perhaps elsewhere: [users of the phase, n_items] for each phase."""
+
+    def __init__(self, split: Split, name: str, tables: dict[str, Tensor], users: dict[str, np.ndarray]) -> None:
+        super().__init__(split, name)
+        self.tables = tables
+        self._rows = {phase: torch.full((self.n_users,), -1) for phase in PHASES}
+        for phase, own in users.items():
+            self._rows[phase][own] = torch.arange(len(own))
+
+    def score(self, users: LongTensor) -> FloatTensor:
+        return self.tables[self.phase][self._rows[self.phase][users]]
+
+
+def scores(
+    condition: str, seed: int, llm: str, epochs: int, dataset: str, data_dir: str, max_users: int, dtype: str
+) -> dict[str, Tensor]:
+    """What a fine-tuned model finds of every title, float32 [users, n_items] for each phase, and the record of its training.
+
+    The key has neither versions nor device, so that a machine with a GPU can fill a cache from which another one fuses; the
+    record has both. A GPU multiplies float32 matrices in TF32, as far as it has that.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = True
     parts = split(load_dataset(dataset, data_dir), "temporal_ratio", 0)
-    judged, tuned_on = parts.eval_users("test", max_users), parts.eval_users("valid", max_users)
-    everyone = np.union1d(judged, tuned_on)
-    n_layers = len(transformer_layers(load_causal(llm)[0]))
-    tuned = finetune_shortened(parts, llm, n_layers, epochs=epochs)
-    likelihood = catalogue_likelihood(parts, (tuned.model, tuned.tokenizer))
-    lm = TitleLikelihoodRecommender(parts, likelihood, over="catalogue", name="LM")
-    arms: dict[str, list[Recommender]] = {name: [train(name, parts, 0, progress=False)] for name in ("pop", *IDS)}
-    arms["sasrec"], arms["gru4rec"] = ([ScoreTable(*arms[name], everyone)] for name in ("sasrec", "gru4rec"))
-    arms["LM"] = [ScoreTable(lm, everyone)]
-    systems = {name: arms[name][0] for name in ("LM", *IDS)}
-    arms["ease"], arms["itemknn"] = (
-        [train(name, parts).recent(half_life) for half_life in HALF_LIVES] for name in ("ease", "itemknn")
-    )
-    items = embed_items(parts, TextEncoder("minilm"))[0]
-    members = {f"{name} + LM": (name, "LM") for name in IDS} | {"ID": ("pop", *IDS)}
-    members |= {f"ID + {name}": ("pop", *IDS, name) for name in ("LM", "itemknn")} | {"ID + text": ("pop", *IDS)}
-    chosen = {}
-    for name, own in members.items():
+    users = {phase: parts.eval_users(phase, max_users) for phase in PHASES}
 
-        def build(weight: float = 0.0, own: tuple = own) -> list[Recommender]:
-            texts = text_arms(parts, items, "text", HALF_LIVES, weight) if weight else []
-            return [arm for member in own for arm in arms[member]] + texts
+    def compute() -> dict[str, Tensor]:
+        shuffled = ["", *np.random.default_rng(seed).permutation(parts.dataset.titles[1:])]
+        titles = shuffled if condition == SHUFFLED else None
+        n_layers = len(transformer_layers(load_causal(llm)[0]))
+        about = {"epochs": epochs, "seed": seed, "pretrained": condition != RANDOM}
+        tuned = finetune_shortened(parts, llm, n_layers, titles=titles, dtype=dtype, **about)
+        likelihood = catalogue_likelihood(parts, (tuned.model, tuned.tokenizer), titles=titles, dtype=dtype)
+        arm = TitleLikelihoodRecommender(parts, likelihood, over="catalogue")
+        found = {phase: arm.at(phase).score(torch.from_numpy(users[phase])) for phase in PHASES}
+        watched = tuned.curve.dropna(subset=["valid_ndcg"])[["epoch", "tokens", "seconds", "valid_loss", "valid_ndcg"]]
+        record = {"condition": condition, "seed": seed, "layers": n_layers}
+        record |= {"dtype": str(likelihood.dtype), "tf32": likelihood.device.type == "cuda"}
+        record |= {"tokens_per_second": tuned.tokens_per_second, "share_of_roof": tuned.share_of_roof}
+        record |= {"curve": watched.to_dict("records"), "machine": machine(), "versions": versions()}
+        return found | {"record": torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)}
 
-        space = LEARNED_SPACE | ({"weight": TEXT_WEIGHTS} if name == "ID + text" else {})
-        key = ("whole", name, epochs, likelihood.fingerprint)
-        systems[name], chosen[name], _ = best_system(build, parts, name, space, TRIALS, tuned_on, key)
-        print(name, chosen[name], flush=True)
-    runs: dict[str, Evaluation] = {}
-    for name, system in systems.items():
-        runs[name] = evaluate(system, parts, method=name, users=judged, seed=0)
-        print(f"{name}: NDCG@10 {runs[name].mean():.4f}", flush=True)
+    asked = [condition, seed, llm, epochs, max_users, dtype]
+    return cached_tensors("whole", content_key("whole", asked, parts.fingerprint), compute)
+
+
+def make_scores(seeds: int, at_once: int, options: dict) -> None:
+    """All conditions and seeds, several at once where asked for: on a GPU a single training leaves most of it idle."""
+    with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as pool:
+        jobs = [(condition, seed) for seed, condition in itertools.product(range(seeds), CONDITIONS)]
+        waiting = {pool.submit(_make, job, options): job for job in jobs}
+        for done in as_completed(waiting):
+            print(*waiting[done], f"{done.result():,.0f} tokens/s", flush=True)
+
+
+def _make(job: tuple[str, int], options: dict) -> float:
+    return _record(scores(*job, **options))["tokens_per_second"]
+
+
+def _record(found: dict[str, Tensor]) -> dict:
+    return json.loads(bytes(found["record"].tolist()))
+
+
+def measure(seeds: int, options: dict) -> dict:
+    runs: dict[str, list[Evaluation]] = {}
+    records, chosen = [], {}
+    data = load_dataset(options["dataset"], options["data_dir"])
+    for seed in range(seeds):
+        parts = split(data, "temporal_ratio", seed)
+        users = {phase: parts.eval_users(phase, options["max_users"]) for phase in PHASES}
+        everyone = np.union1d(*users.values())
+        arms: dict[str, list[Recommender]] = {name: [train(name, parts, seed)] for name in ("pop", *IDS)}
+        for name in ("sasrec", "gru4rec"):
+            arms[name] = [ScoreTable(*arms[name], everyone)]
+        for condition in CONDITIONS:
+            found = scores(condition, seed, **options)
+            records.append(_record(found))
+            arms[condition] = [Scored(parts, condition, {phase: found[phase] for phase in PHASES}, users)]
+        systems = {name: arms[name][0] for name in (*CONDITIONS, *IDS)}
+        for name in ("ease", "itemknn"):
+            arms[name] = [train(name, parts, seed).recent(half_life) for half_life in HALF_LIVES]
+        items = embed_items(parts, TextEncoder("minilm"))[0]
+        members = {f"{name} + LM": (name, LM) for name in IDS} | {"ID": ("pop", *IDS), "ID + text": ("pop", *IDS)}
+        members |= {f"ID + {name}": ("pop", *IDS, name) for name in (*CONDITIONS, "itemknn")}
+        for name, own in members.items():
+
+            def build(weight: float = 0.0, own: tuple = own, parts=parts, arms=arms, items=items) -> list[Recommender]:
+                texts = text_arms(parts, items, "text", HALF_LIVES, weight) if weight else []
+                return [arm for member in own for arm in arms[member]] + texts
+
+            space = LEARNED_SPACE | ({"weight": TEXT_WEIGHTS} if name == "ID + text" else {})
+            # Settings are chosen with the first seed, as in chapter 06; what is learned is learned anew.
+            space = {setting: [chosen[name][setting]] for setting in space} if name in chosen else space
+            made_of = {f"{c} {phase}": arms[c][0].tables[phase] for c in own if c in CONDITIONS for phase in PHASES}
+            key = content_key("whole", name, seed, made_of)
+            systems[name], chosen[name], _ = best_system(build, parts, name, space, TRIALS, users["valid"], key)
+            print(name, chosen[name], flush=True)
+        for name, system in systems.items():
+            runs.setdefault(name, []).append(evaluate(system, parts, method=name, users=users["test"], seed=seed))
+            print(f"seed {seed}, {name}: NDCG@10 {runs[name][-1].mean():.4f}", flush=True)
     compared = compare_many({f"{a} against {b}": (runs[a], runs[b]) for a, b in FAMILY}).rename_axis("comparison")
-    means = with_intervals({name: [run] for name, run in runs.items()})
-    curve = tuned.curve.dropna(subset=["valid_ndcg"])[["epoch", "tokens", "seconds", "valid_loss", "valid_ndcg"]]
-    np.savez_compressed(
-        PATH.with_suffix(".npz"), **{n: run.per_user["ndcg@10"].to_numpy(np.float32) for n, run in runs.items()}
-    )
-    tables = {"means": means, "compared": compared.reset_index(), "curve": curve}
+    values = {name: np.stack([run.per_user["ndcg@10"] for run in own]).astype(np.float32) for name, own in runs.items()}
+    with atomic_write(PATH.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **values)
+    tables = {"means": with_intervals(runs), "compared": compared.reset_index()}
     return {
         **{name: json.loads(table.to_json(orient="records")) for name, table in tables.items()},
         "chosen": chosen,
-        "layers": n_layers,
-        "tokens_per_second": tuned.tokens_per_second,
-        "share_of_roof": tuned.share_of_roof,
+        "trainings": records,
         "machine": machine(),
         "versions": versions(),
     }
@@ -99,9 +171,17 @@ def main() -> int:
     parser.add_argument("--dataset", default="ml-100k")
     parser.add_argument("--data-dir", default="")
     parser.add_argument("--max-users", type=int, default=0, help="of those judged and tuned on; 0: all")
-    found = measure(**vars(parser.parse_args()))
-    with atomic_write(PATH) as temporary:
-        temporary.write_text(json.dumps(found, indent=1, default=str) + "\n")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or auto")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--at-once", type=int, default=1, help="trainings that share a GPU")
+    parser.add_argument("--scores-only", action="store_true", help="stop after the trainings: all that a GPU is for")
+    options = vars(parser.parse_args())
+    seeds, at_once, only = (options.pop(name) for name in ("seeds", "at_once", "scores_only"))
+    make_scores(seeds, at_once, options)
+    if not only:
+        found = measure(seeds, options)
+        with atomic_write(PATH) as temporary:
+            temporary.write_text(json.dumps(found, indent=1, default=str) + "\n")
     return 0
 
 
