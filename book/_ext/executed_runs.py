@@ -372,7 +372,7 @@ class GpuWhole(_FromRuns):
 
 
 class WholeModel(_FromRuns):
-    """``whole-model``: the answer of ``python -m benchmarks.whole``, its gains as a figure, and the table of all systems."""
+    """``whole-model``: the answer of ``python -m benchmarks.whole``, its gains as a figure, all systems, and the trainings."""
 
     has_content = True
     option_spec = {"alt": directives.unchanged_required, "name": directives.unchanged}
@@ -394,11 +394,11 @@ class WholeModel(_FromRuns):
             [row["method"], f"{row['value']:.4f}", f"{row['low']:.4f} to {row['high']:.4f}"] for row in found["means"]
         ]
         table = _table(["system", "NDCG@10", "95 % interval"], sorted(rows, key=lambda row: row[1], reverse=True))
-        machine = f"\n*Measured on:* {_machine(found['machine'])}."
         return [
             *self.markdown(_whole_answer(found)),
             *self.figure("whole", buffer.getvalue()),
-            *self.markdown(table + machine),
+            *self.markdown(table),
+            *self.markdown(_trainings(found)),
         ]
 
 
@@ -412,25 +412,52 @@ class WholeAnswer(_FromRuns):
 def _whole_answer(found: dict[str, Any]) -> str:
     compared = pd.DataFrame(found["compared"]).set_index("comparison")
 
+    def holds(row: pd.Series) -> bool:
+        """Over users, after Holm's correction, and over trainings; with one seed there is nothing to ask of the second."""
+        return bool(row.significant) and not row.p_seeds >= 0.05
+
+    def probabilities(row: pd.Series) -> str:
+        over_trainings = "" if pd.isna(row.p_seeds) else f", over trainings {row.p_seeds:.3f}"
+        return f"p over users {row.p_holm:.4f}{over_trainings}"
+
     def judged(name: str) -> str:
         row = compared.loc[name]
-        word = ("above" if row.difference > 0 else "below") if row.significant else "not significantly different from"
-        sure = "significantly " if row.significant else ""
-        return f"{sure}{word} {row.b} ({row.mean_b:.4f}, p {row.p_holm:.4f})"
+        word = ("above" if row.difference > 0 else "below") if holds(row) else "not shown to differ from"
+        return f"{word} {row.b} ({row.mean_b:.4f}, {probabilities(row)})"
 
     def gain(name: str) -> str:
         row = compared.loc[name]
-        shown = "" if row.significant else ", not significant"
-        return f"{row.relative:+.1%} ({row.mean_a:.4f} against {row.mean_b:.4f}, p {row.p_holm:.4f}{shown})"
+        shown = "" if holds(row) else ", not shown to differ"
+        return f"{row.relative:+.1%} ({row.mean_a:.4f} against {row.mean_b:.4f}, {probabilities(row)}{shown})"
 
-    last = found["curve"][-1]
+    runs = [run for run in found["trainings"] if run["condition"] == "LM"]
+    last = runs[0]["curve"][-1]
+    controls = [name for name in compared.index if name.startswith(("LM against LM", "ID + LM against ID + LM"))]
+    alone, fused = ([name for name in controls if name.startswith(start)] for start in ("LM", "ID"))
     return (
-        f"After {last['epoch']:.0f} epochs of all {found['layers']} layers ({last['tokens'] / 1e6:.1f} million tokens, "
-        f"{last['seconds'] / 3600:.1f} hours at {found['tokens_per_second']:.0f} tokens per second) the language model alone "
-        f"has NDCG@10 {compared.loc['LM against sasrec'].mean_a:.4f}: {judged('LM against sasrec')}, {judged('LM against gru4rec')}. "
-        f"The best ID-only system changes by {gain('ID + LM against ID')} with it. Against the same with ItemKNN as a further arm in its "
-        f"place the difference is {gain('ID + LM against ID + itemknn')}, against sentence embeddings {gain('ID + LM against ID + text')}."
+        f"After {last['epoch']:.0f} epochs of all {runs[0]['layers']} layers ({last['tokens'] / 1e6:.1f} million tokens; "
+        f"{len(runs)} training{'s' * (len(runs) > 1)}) the language model alone has NDCG@10 "
+        f"{compared.loc['LM against sasrec'].mean_a:.4f}: {judged('LM against sasrec')}, {judged('LM against gru4rec')}. "
+        f"Trained in the same way, it is {', '.join(map(judged, alone))}.\n\n"
+        f"The best ID-only system changes by {gain('ID + LM against ID')} with it. Against the same with ItemKNN as a further arm in "
+        f"its place the difference is {gain('ID + LM against ID + itemknn')}, against sentence embeddings "
+        f"{gain('ID + LM against ID + text')}; against the model "
+        + " and against the model ".join(f"{name.partition('ID + LM against ID + LM ')[2]} {gain(name)}" for name in fused)
+        + "."
     )
+
+
+def _trainings(found: dict[str, Any]) -> str:
+    rows = []
+    for run in found["trainings"]:
+        curve = run["curve"]
+        shown = (" → ".join(f"{point[of]:.{n}f}" for point in curve) for of, n in (("valid_loss", 2), ("valid_ndcg", 3)))
+        rows.append([run["condition"], run["seed"], *shown, f"{run['tokens_per_second']:,.0f}"])
+    about = found["trainings"][0]
+    rounded = f"{about['dtype'].removeprefix('torch.')}{', products in TF32' if about['tf32'] else ''}"
+    header = ["model", "seed", "nats per title, before and after each epoch", "NDCG@10 of 50 validation users", "tokens/s"]
+    where = f"*Trained on:* {_machine(about['machine'])}, {rounded}, several at once; torch {about['versions']['torch']}."
+    return f"{_table(header, rows)}\n{where}\n\n*Fused and judged on:* {_machine(found['machine'])}."
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
