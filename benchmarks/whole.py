@@ -56,12 +56,15 @@ class Scored(Recommender):
     def __init__(self, split: Split, name: str, tables: dict[str, Tensor], users: dict[str, np.ndarray]) -> None:
         super().__init__(split, name)
         self.tables = tables
-        self._rows = {phase: torch.full((self.n_users,), -1) for phase in PHASES}
+        self._rows = {phase: torch.full((self.n_users,), -1) for phase in PHASES}  # -1: of whom nothing is known
         for phase, own in users.items():
             self._rows[phase][own] = torch.arange(len(own))
 
     def score(self, users: LongTensor) -> FloatTensor:
-        return self.tables[self.phase][self._rows[self.phase][users]]
+        rows = self._rows[self.phase][users]
+        if (rows < 0).any():
+            raise KeyError(f"no scores of user {int(users[rows < 0][0])} were computed for {self.phase}")
+        return self.tables[self.phase][rows]
 
 
 def scores(
@@ -113,7 +116,8 @@ def _record(found: dict[str, Tensor]) -> dict:
     return json.loads(bytes(found["record"].tolist()))
 
 
-def measure(seeds: int, options: dict) -> dict:
+def measure(seeds: int, encoder: str, options: dict) -> dict:
+    """Every system with every seed; means, comparisons, chosen settings and the records of the trainings."""
     runs: dict[str, list[Evaluation]] = {}
     records, chosen = [], {}
     data = load_dataset(options["dataset"], options["data_dir"])
@@ -131,7 +135,7 @@ def measure(seeds: int, options: dict) -> dict:
         systems = {name: arms[name][0] for name in (*CONDITIONS, *IDS)}
         for name in ("ease", "itemknn"):
             arms[name] = [train(name, parts, seed).recent(half_life) for half_life in HALF_LIVES]
-        items = embed_items(parts, TextEncoder("minilm"))[0]
+        items = embed_items(parts, TextEncoder(encoder))[0]
         members = {f"{name} + LM": (name, LM) for name in IDS} | {"ID": ("pop", *IDS), "ID + text": ("pop", *IDS)}
         members |= {f"ID + {name}": ("pop", *IDS, name) for name in (*CONDITIONS, "itemknn")}
         for name, own in members.items():
@@ -148,7 +152,9 @@ def measure(seeds: int, options: dict) -> dict:
             systems[name], chosen[name], _ = best_system(build, parts, name, space, TRIALS, users["valid"], key)
             print(name, chosen[name], flush=True)
         for name, system in systems.items():
-            runs.setdefault(name, []).append(evaluate(system, parts, method=name, users=users["test"], seed=seed))
+            runs.setdefault(name, []).append(
+                evaluate(system, parts, method=name, users=users["test"], seed=seed, ks=[10])
+            )
             print(f"seed {seed}, {name}: NDCG@10 {runs[name][-1].mean():.4f}", flush=True)
     compared = compare_many({f"{a} against {b}": (runs[a], runs[b]) for a, b in FAMILY}).rename_axis("comparison")
     values = {name: np.stack([run.per_user["ndcg@10"] for run in own]).astype(np.float32) for name, own in runs.items()}
@@ -167,6 +173,7 @@ def measure(seeds: int, options: dict) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--llm", default="smollm2-135m")
+    parser.add_argument("--encoder", default="minilm")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--dataset", default="ml-100k")
     parser.add_argument("--data-dir", default="")
@@ -176,10 +183,10 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, default=1, help="trainings that share a GPU")
     parser.add_argument("--scores-only", action="store_true", help="stop after the trainings: all that a GPU is for")
     options = vars(parser.parse_args())
-    seeds, at_once, only = (options.pop(name) for name in ("seeds", "at_once", "scores_only"))
+    seeds, at_once, only, encoder = (options.pop(name) for name in ("seeds", "at_once", "scores_only", "encoder"))
     make_scores(seeds, at_once, options)
     if not only:
-        found = measure(seeds, options)
+        found = measure(seeds, encoder, options)
         with atomic_write(PATH) as temporary:
             temporary.write_text(json.dumps(found, indent=1, default=str) + "\n")
     return 0
