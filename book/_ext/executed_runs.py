@@ -389,7 +389,7 @@ class WholeModel(_FromRuns):
             drawn = Figure(figsize=(8, 1.6 + 0.34 * len(compared)))
             gain_plot(compared, drawn.subplots())
         buffer = io.BytesIO()
-        drawn.savefig(buffer, format="png", dpi=2 * drawn.dpi)
+        drawn.savefig(buffer, format="png", dpi=2 * drawn.dpi, bbox_inches="tight")
         rows = [
             [row["method"], f"{row['value']:.4f}", f"{row['low']:.4f} to {row['high']:.4f}"] for row in found["means"]
         ]
@@ -434,15 +434,26 @@ def _whole_answer(found: dict[str, Any]) -> str:
     last = runs[0]["curve"][-1]
     controls = [name for name in compared.index if name.startswith(("LM against LM", "ID + LM against ID + LM"))]
     alone, fused = ([name for name in controls if name.startswith(start)] for start in ("LM", "ID"))
+
+    def gains(names: list[str]) -> bool:
+        return all(holds(compared.loc[name]) and compared.loc[name].difference > 0 for name in names)
+
+    reads = "What it has read counts: alone" if gains(alone) else "That what it has read counts is not shown: alone"
+    better = "is better than" if gains(alone) else "is not in each case better than"
+    helps = "it is better with it" if gains(["ID + LM against ID"]) else "nothing of that is shown to be left"
     return (
+        f"{reads}, the fine-tuned language model {better} the same from random weights and on shuffled titles. "
+        f"Beside the best ID-only system, {helps}.\n\n"
         f"After {last['epoch']:.0f} epochs of all {runs[0]['layers']} layers ({last['tokens'] / 1e6:.1f} million tokens; "
-        f"{len(runs)} training{'s' * (len(runs) > 1)}) the language model alone has NDCG@10 "
+        f"{len(runs)} training{'s' * (len(runs) > 1)}) it has NDCG@10 "
         f"{compared.loc['LM against sasrec'].mean_a:.4f}: {judged('LM against sasrec')}, {judged('LM against gru4rec')}. "
         f"Trained in the same way, it is {', '.join(map(judged, alone))}.\n\n"
         f"The best ID-only system changes by {gain('ID + LM against ID')} with it. Against the same with ItemKNN as a further arm in "
         f"its place the difference is {gain('ID + LM against ID + itemknn')}, against sentence embeddings "
         f"{gain('ID + LM against ID + text')}; against the model "
-        + " and against the model ".join(f"{name.partition('ID + LM against ID + LM ')[2]} {gain(name)}" for name in fused)
+        + " and against the model ".join(
+            f"{name.partition('ID + LM against ID + LM ')[2]} {gain(name)}" for name in fused
+        )
         + "."
     )
 
@@ -451,12 +462,22 @@ def _trainings(found: dict[str, Any]) -> str:
     rows = []
     for run in found["trainings"]:
         curve = run["curve"]
-        shown = (" → ".join(f"{point[of]:.{n}f}" for point in curve) for of, n in (("valid_loss", 2), ("valid_ndcg", 3)))
+        shown = (
+            " → ".join(f"{point[of]:.{n}f}" for point in curve) for of, n in (("valid_loss", 2), ("valid_ndcg", 3))
+        )
         rows.append([run["condition"], run["seed"], *shown, f"{run['tokens_per_second']:,.0f}"])
     about = found["trainings"][0]
     rounded = f"{about['dtype'].removeprefix('torch.')}{', products in TF32' if about['tf32'] else ''}"
-    header = ["model", "seed", "nats per title, before and after each epoch", "NDCG@10 of 50 validation users", "tokens/s"]
-    where = f"*Trained on:* {_machine(about['machine'])}, {rounded}, several at once; torch {about['versions']['torch']}."
+    header = [
+        "model",
+        "seed",
+        "nats per title, before and after each epoch",
+        "NDCG@10 of 50 validation users",
+        "tokens/s",
+    ]
+    where = (
+        f"*Trained on:* {_machine(about['machine'])}, {rounded}, several at once; torch {about['versions']['torch']}."
+    )
     return f"{_table(header, rows)}\n{where}\n\n*Fused and judged on:* {_machine(found['machine'])}."
 
 

@@ -229,6 +229,9 @@ def test_the_page_about_the_whole_model_shows_what_was_measured(html):
         assert re.search(rf"{re.escape(name)}\s+{', '.join(f'{value:.4f}' for value in values)}", text), name
     for row in found["means"]:
         assert re.search(rf"{re.escape(row['method'])}\s+{row['value']:.4f}\s+{row['low']:.4f} to", text), row["method"]
+    for run in found["trainings"]:
+        watched = " → ".join(f"{point['valid_ndcg']:.3f}" for point in run["curve"])
+        assert re.search(rf"{re.escape(run['condition'])}\s+{run['seed']}\s+[\d. →]+\s+{watched}", text), run["seed"]
     best = {row["comparison"]: row for row in found["compared"]}["ID + LM against ID"]
     said = f"changes by {best['relative']:+.1%} ({best['mean_a']:.4f} against {best['mean_b']:.4f}"
     assert said in text and said in unescape(words(html / "book/index.html"))
