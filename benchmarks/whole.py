@@ -116,46 +116,55 @@ def _record(found: dict[str, Tensor]) -> dict:
     return json.loads(bytes(found["record"].tolist()))
 
 
+def systems_of(
+    seed: int, encoder: str, options: dict, chosen: dict[str, dict]
+) -> tuple[dict[str, Recommender], Split, list[dict]]:
+    """Every arm and every system of one seed, the split they were made on, and the records of the trainings.
+
+    Settings that are not in `chosen` yet are searched and put there: with the first seed, as in chapter 06.
+    """
+    parts = split(load_dataset(options["dataset"], options["data_dir"]), "temporal_ratio", seed)
+    users = {phase: parts.eval_users(phase, options["max_users"]) for phase in PHASES}
+    everyone = np.union1d(*users.values())
+    arms: dict[str, list[Recommender]] = {name: [train(name, parts, seed)] for name in ("pop", *IDS)}
+    for name in ("sasrec", "gru4rec"):
+        arms[name] = [ScoreTable(*arms[name], everyone)]
+    found = {condition: scores(condition, seed, **options) for condition in CONDITIONS}
+    tables = {condition: {phase: one[phase] for phase in PHASES} for condition, one in found.items()}
+    arms |= {condition: [Scored(parts, condition, own, users)] for condition, own in tables.items()}
+    systems = {name: arms[name][0] for name in (*CONDITIONS, *IDS)}
+    for name in ("ease", "itemknn"):
+        arms[name] = [train(name, parts, seed).recent(half_life) for half_life in HALF_LIVES]
+    items = embed_items(parts, TextEncoder(encoder))[0]
+    members = {f"{name} + LM": (name, LM) for name in IDS} | {"ID": ("pop", *IDS), "ID + text": ("pop", *IDS)}
+    members |= {f"ID + {name}": ("pop", *IDS, name) for name in (*CONDITIONS, "itemknn")}
+    for name, own in members.items():
+
+        def build(weight: float = 0.0, own: tuple = own) -> list[Recommender]:
+            texts = text_arms(parts, items, "text", HALF_LIVES, weight) if weight else []
+            return [arm for member in own for arm in arms[member]] + texts
+
+        space = LEARNED_SPACE | ({"weight": TEXT_WEIGHTS} if name == "ID + text" else {})
+        space = {setting: [chosen[name][setting]] for setting in space} if name in chosen else space
+        made_of = {f"{c} {phase}": tables[c][phase] for c in own if c in CONDITIONS for phase in PHASES}
+        key = content_key("whole", name, seed, made_of)
+        systems[name], chosen[name], _ = best_system(build, parts, name, space, TRIALS, users["valid"], key)
+        print(name, chosen[name], flush=True)
+    return systems, parts, [_record(one) for one in found.values()]
+
+
 def measure(seeds: int, encoder: str, options: dict) -> dict:
     """Every system with every seed; means, comparisons, chosen settings and the records of the trainings."""
     runs: dict[str, list[Evaluation]] = {}
     records, chosen = [], {}
-    data = load_dataset(options["dataset"], options["data_dir"])
     for seed in range(seeds):
-        parts = split(data, "temporal_ratio", seed)
-        users = {phase: parts.eval_users(phase, options["max_users"]) for phase in PHASES}
-        everyone = np.union1d(*users.values())
-        arms: dict[str, list[Recommender]] = {name: [train(name, parts, seed)] for name in ("pop", *IDS)}
-        for name in ("sasrec", "gru4rec"):
-            arms[name] = [ScoreTable(*arms[name], everyone)]
-        for condition in CONDITIONS:
-            found = scores(condition, seed, **options)
-            records.append(_record(found))
-            arms[condition] = [Scored(parts, condition, {phase: found[phase] for phase in PHASES}, users)]
-        systems = {name: arms[name][0] for name in (*CONDITIONS, *IDS)}
-        for name in ("ease", "itemknn"):
-            arms[name] = [train(name, parts, seed).recent(half_life) for half_life in HALF_LIVES]
-        items = embed_items(parts, TextEncoder(encoder))[0]
-        members = {f"{name} + LM": (name, LM) for name in IDS} | {"ID": ("pop", *IDS), "ID + text": ("pop", *IDS)}
-        members |= {f"ID + {name}": ("pop", *IDS, name) for name in (*CONDITIONS, "itemknn")}
-        for name, own in members.items():
-
-            def build(weight: float = 0.0, own: tuple = own, parts=parts, arms=arms, items=items) -> list[Recommender]:
-                texts = text_arms(parts, items, "text", HALF_LIVES, weight) if weight else []
-                return [arm for member in own for arm in arms[member]] + texts
-
-            space = LEARNED_SPACE | ({"weight": TEXT_WEIGHTS} if name == "ID + text" else {})
-            # Settings are chosen with the first seed, as in chapter 06; what is learned is learned anew.
-            space = {setting: [chosen[name][setting]] for setting in space} if name in chosen else space
-            made_of = {f"{c} {phase}": arms[c][0].tables[phase] for c in own if c in CONDITIONS for phase in PHASES}
-            key = content_key("whole", name, seed, made_of)
-            systems[name], chosen[name], _ = best_system(build, parts, name, space, TRIALS, users["valid"], key)
-            print(name, chosen[name], flush=True)
+        systems, parts, trained = systems_of(seed, encoder, options, chosen)
+        records += trained
+        judged = parts.eval_users("test", options["max_users"])
         for name, system in systems.items():
-            runs.setdefault(name, []).append(
-                evaluate(system, parts, method=name, users=users["test"], seed=seed, ks=[10])
-            )
-            print(f"seed {seed}, {name}: NDCG@10 {runs[name][-1].mean():.4f}", flush=True)
+            one = evaluate(system, parts, method=name, users=judged, seed=seed, ks=[10])
+            runs.setdefault(name, []).append(one)
+            print(f"seed {seed}, {name}: NDCG@10 {one.mean():.4f}", flush=True)
     compared = compare_many({f"{a} against {b}": (runs[a], runs[b]) for a, b in FAMILY}).rename_axis("comparison")
     values = {name: np.stack([run.per_user["ndcg@10"] for run in own]).astype(np.float32) for name, own in runs.items()}
     with atomic_write(PATH.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
