@@ -38,6 +38,7 @@ def build_book(executed: str | Path = EXECUTED, out: str | Path = "_build/html",
     notebooks = {Path(EXECUTED, path.name): path for path in executed_notebooks(root / "_toc.yml", executed)}
     files = [root / "_config.yml", root / "_toc.yml", *root.glob("*.md"), *(root / "book").rglob("*")]
     files += [*root.glob("benchmarks/*.json"), *root.glob("results/*/*/run.json")]
+    files += root.glob("results/*/09_cold_start/*.csv")
     sources = {path.relative_to(root): path for path in files if path.is_file()}
     skipped = {"executed", "__pycache__"}
     sources = {name: path for name, path in sources.items() if not skipped.intersection(name.parts)} | notebooks

@@ -1,7 +1,7 @@
 """Sphinx extension: the pages around the chapters take figures, numbers and run data out of the executed notebooks.
 
 In Markdown: ``{{ run.fusion.best_id_ndcg }}`` is what chapter 06_fusion glued under that name; the directives are
-``run-figure``, ``run-settings``, ``run-status``, ``run-elsewhere`` and ``two-runs``. A name that no chapter glued
+``run-figure``, ``run-settings``, ``run-status``, ``run-elsewhere``, ``cold-table`` and ``two-runs``. A name that no chapter glued
 is a warning, so it stops the build.
 ``benchmark-table`` and ``benchmark-growth`` show what `make bench` measured, ``scale-table`` what
 ``python -m benchmarks.scale`` did, ``soak-table`` what `make soak` saw, ``gpu-table`` and ``gpu-whole`` what
@@ -217,6 +217,38 @@ class RunElsewhere(_FromRuns):
             scales += [_table(["parameter", "value"], [[f"`{k}`", f"`{v!r}`"] for k, v in own.items()]), "````", ""]
         table = _table(["data set", "chapter", "executed (UTC)", "took", "peak memory"], rows)
         return self.markdown("\n".join([table, *scales]) if rows else "None was run.")
+
+
+class ColdTable(_FromRuns):
+    """``cold-table``: unseen targets among unseen items on each data set that chapter 09 was run on, from its tables."""
+
+    scope = "unseen targets among unseen items"
+    systems = ("chance", "ID only", "ID + shuffled text", "ID + words", "ID + untrained encoder", "ID + text")
+
+    def run(self) -> list[nodes.Node]:
+        rows, sentences = [], []
+        for folder in sorted(path.parent for path in Path(self.env.srcdir).glob("results/*/09_cold_start/run.json")):
+            paths = [folder / f"{name}.csv" for name in ("scopes", "comparisons", "metrics")]
+            for path in paths:
+                self.env.note_dependency(str(path))
+            values, compared, metrics = map(pd.read_csv, paths)
+            values, compared = (table[table["scope"] == self.scope] for table in (values, compared))
+            if compared.empty:
+                continue
+            values, name = values.set_index("method"), folder.parent.name
+            means = [f"{values.loc[method].value:.4f}" if method in values.index else "–" for method in self.systems]
+            run = json.loads((folder / "run.json").read_text(encoding="utf-8"))["parameters"]
+            setting = f"{name}, {metrics['protocol'].iloc[0].replace('_', ' ')}"
+            rows.append([setting, compared["n_users"].iloc[0], run["seeds"], *means])
+            rivals = compared["comparison"].str.removeprefix("over ")
+            sides = {1: "is better than", -1: "is worse than", 0: "is not shown to differ from"}
+            signs = compared["significant"] * compared["difference"].map(lambda difference: 1 if difference > 0 else -1)
+            found = [
+                f"{word} {', '.join(rivals[signs == sign])}" for sign, word in sides.items() if (signs == sign).any()
+            ]
+            sentences.append(f"- {name}: ID + text {'; '.join(found)}.")
+        table = _table(["data set", "users", "seeds", *self.systems], rows)
+        return self.markdown("\n".join([table, *sentences]) if rows else "None was run.")
 
 
 class TwoRuns(_FromRuns):
@@ -570,6 +602,7 @@ def setup(app: Any) -> dict[str, bool]:
     app.add_directive("run-settings", RunSettings)
     app.add_directive("run-status", RunStatus)
     app.add_directive("run-elsewhere", RunElsewhere)
+    app.add_directive("cold-table", ColdTable)
     app.add_directive("two-runs", TwoRuns)
     app.add_directive("whole-answer", WholeAnswer)
     app.add_directive("benchmark-table", BenchmarkTable)

@@ -101,9 +101,9 @@ def source(tmp_path_factory):
     (root / "benchmarks").mkdir()
     for measured in (ROOT / "benchmarks").glob("*.json"):
         shutil.copy(measured, root / "benchmarks")
-    for run in (ROOT / "results").glob("*/*/run.json"):
-        (root / run.relative_to(ROOT)).parent.mkdir(parents=True)
-        shutil.copy(run, root / run.relative_to(ROOT))
+    for table in [*(ROOT / "results").glob("*/*/run.json"), *(ROOT / "results").glob("*/09_cold_start/*.csv")]:
+        (root / table.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(table, root / table.relative_to(ROOT))
     for name in CHAPTERS:
         nbformat.write(stand_in(name), root / f"book/executed/{name}.ipynb")
     return root
@@ -241,6 +241,23 @@ def test_the_page_about_the_whole_model_shows_what_was_measured(html):
     for name, means in gpu["whole"]["ndcg@10"].items():
         own = [by_seed[key].mean() for key in sorted(by_seed) if key.startswith(f"{name}, seed ")]
         assert own == pytest.approx(means, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_the_index_says_where_text_ranks_unseen_items(html):
+    text = unescape(words(html / "book/index.html"))
+    for folder in (ROOT / "results").glob("*/09_cold_start"):
+        values, compared = (pd.read_csv(folder / f"{name}.csv") for name in ("scopes", "comparisons"))
+        values, compared = (table[table["scope"] == executed_runs.ColdTable.scope] for table in (values, compared))
+        own = " ".join(f"{values.set_index('method').loc[name].value:.4f}" for name in executed_runs.ColdTable.systems)
+        assert re.search(
+            rf"{folder.parent.name}, [a-z ]+{compared['n_users'].iloc[0]} \d+ {own}", " ".join(text.split())
+        )
+        beaten = compared[compared["significant"] & (compared["difference"] > 0)]["comparison"].str.removeprefix(
+            "over "
+        )
+        said = re.search(rf"{folder.parent.name}: ID \+ text ([^.]*)\.", text)[1]
+        assert ("is better than " + ", ".join(beaten) in said) if len(beaten) else "is better than" not in said
 
 
 @pytest.mark.slow
