@@ -17,6 +17,7 @@ import io
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -226,7 +227,7 @@ class ColdTable(_FromRuns):
     systems = ("chance", "ID only", "ID + shuffled text", "ID + words", "ID + untrained encoder", "ID + text")
 
     def run(self) -> list[nodes.Node]:
-        rows, sentences = [], []
+        columns, sentences = [["", "users", "seeds", *self.systems]], []
         for folder in sorted(path.parent for path in Path(self.env.srcdir).glob("results/*/09_cold_start/run.json")):
             paths = [folder / f"{name}.csv" for name in ("scopes", "comparisons", "metrics")]
             for path in paths:
@@ -239,7 +240,7 @@ class ColdTable(_FromRuns):
             means = [f"{values.loc[method].value:.4f}" if method in values.index else "–" for method in self.systems]
             run = json.loads((folder / "run.json").read_text(encoding="utf-8"))["parameters"]
             setting = f"{name}, {metrics['protocol'].iloc[0].replace('_', ' ')}"
-            rows.append([setting, compared["n_users"].iloc[0], run["seeds"], *means])
+            columns.append([setting, compared["n_users"].iloc[0], run["seeds"], *means])
             rivals = compared["comparison"].str.removeprefix("over ")
             sides = {1: "is better than", -1: "is worse than", 0: "is not shown to differ from"}
             signs = compared["significant"] * compared["difference"].map(lambda difference: 1 if difference > 0 else -1)
@@ -247,8 +248,8 @@ class ColdTable(_FromRuns):
                 f"{word} {', '.join(rivals[signs == sign])}" for sign, word in sides.items() if (signs == sign).any()
             ]
             sentences.append(f"- {name}: ID + text {'; '.join(found)}.")
-        table = _table(["data set", "users", "seeds", *self.systems], rows)
-        return self.markdown("\n".join([table, *sentences]) if rows else "None was run.")
+        header, *rows = zip(*columns, strict=True)
+        return self.markdown("\n".join([_table(header, rows), *sentences]) if sentences else "None was run.")
 
 
 class TwoRuns(_FromRuns):
@@ -513,7 +514,7 @@ def _trainings(found: dict[str, Any]) -> str:
     return f"{_table(header, rows)}\n{where}\n\n*Fused and judged on:* {_machine(found['machine'])}."
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
