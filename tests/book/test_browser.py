@@ -96,6 +96,12 @@ class _Silent(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
+    def do_GET(self):
+        if self.path != "/favicon.ico":
+            return super().do_GET()
+        self.send_response(204)  # no page names it: a browser asks by itself, at whatever page is open then
+        self.end_headers()
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
