@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from docutils import nodes
 from docutils.parsers.rst import directives
@@ -243,7 +244,7 @@ class ColdTable(_FromRuns):
             columns.append([setting, compared["n_users"].iloc[0], run["seeds"], *means])
             rivals = compared["comparison"].str.removeprefix("over ")
             sides = {1: "is better than", -1: "is worse than", 0: "is not shown to differ from"}
-            signs = compared["significant"] * compared["difference"].map(lambda difference: 1 if difference > 0 else -1)
+            signs = compared["difference"].apply(np.sign).where(compared["significant"], 0)
             found = [
                 f"{word} {', '.join(rivals[signs == sign])}" for sign, word in sides.items() if (signs == sign).any()
             ]

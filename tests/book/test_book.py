@@ -250,9 +250,8 @@ def test_the_index_says_where_text_ranks_unseen_items(html):
         values, compared = (pd.read_csv(folder / f"{name}.csv") for name in ("scopes", "comparisons"))
         values, compared = (table[table["scope"] == executed_runs.ColdTable.scope] for table in (values, compared))
         found[folder.parent.name] = values.set_index("method")["value"]
-        beaten = compared[compared["significant"] & (compared["difference"] > 0)]["comparison"].str.removeprefix(
-            "over "
-        )
+        gains = compared[compared["significant"] & (compared["difference"] > 0)]
+        beaten = gains["comparison"].str.removeprefix("over ")
         said = re.search(rf"{folder.parent.name}: ID \+ text ([^.]*)\.", text)[1]
         assert ("is better than " + ", ".join(beaten) in said) if len(beaten) else "is better than" not in said
     for system in executed_runs.ColdTable.systems:
