@@ -34,6 +34,7 @@ GLUED = {
     "gain_percent": 10.0,
     "gain_low": -0.01,
     "gain_high": 0.02,
+    "simple_ways": "- stand-in data: one weight beats shuffled text in the text's place",
 }
 
 ATTACK = "<script>window.attacked = 1</script>"
@@ -156,6 +157,7 @@ def test_the_first_page_takes_its_numbers_from_the_run(html):
         "0.1235",
         "parallel (z)",
         "0.1358",
+        "one weight beats shuffled text",
         "data stand-in",
         "seeds 2",
     ):
