@@ -158,8 +158,7 @@ def describe(dataset: Dataset) -> pd.Series:
     users, items = dataset.n_users - 1, dataset.n_items - 1
     per_user = events["user"].value_counts().agg(["median", "min", "max"])
     size = {"users": users, "items": items, "interactions": len(events), "density": len(events) / (users * items)}
-    facts: dict[str, float] = {
-        **size,
+    facts = size | {
         **per_user.add_prefix("events_per_user_"),
         "events_per_item_median": events["item"].value_counts().median(),
         "distinct_titles": len(set(dataset.titles[1:])),
@@ -322,8 +321,7 @@ def _title_column(types: dict[str, str]) -> str | None:
     columns = _text_columns(types)
     names = ("^title$", "title", "^((item|product)_)?name$")
     ranked = [column for name in names for column in columns if re.search(name, column.lower())]
-    ranked += [column for column in columns if types[column] == "token_seq"]
-    ranked += [column for column in columns if "name" in column.lower()]
+    ranked += [c for c in columns if types[c] == "token_seq"] + [c for c in columns if "name" in c.lower()]
     return ranked[0] if ranked else None
 
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 FAMILY_COLOURS = {"id": "#0072B2", "llm": "#E69F00", "prs": "#009E73", "fusion": "#D55E00", "control": "#6E6E6E"}
 FAMILY_MARKERS = {"id": "o", "llm": "s", "prs": "^", "fusion": "D", "control": "X"}
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-METRIC_NAMES = {"ndcg": "NDCG", "mrr": "MRR", "map": "MAP", "f1": "F1"}
-WIDTH = 6.4  # inches
 STYLE = Path(__file__).with_suffix(".mplstyle")
 
 
@@ -105,8 +103,7 @@ def critical_difference(scores: pd.DataFrame, ax: Axes | None = None) -> Axes:
     n_settings, n_methods = scores.shape
     if n_settings < 2 or n_methods < 2:
         raise ValueError(f"scores has shape {scores.shape}; at least two settings and two methods are compared")
-    quantile = studentized_range.ppf(0.95, n_methods, np.inf) / np.sqrt(2)
-    half = quantile * np.sqrt(n_methods * (n_methods + 1) / (6 * n_settings)) / 2
+    half = studentized_range.ppf(0.95, n_methods, np.inf) * np.sqrt(n_methods * (n_methods + 1) / (12 * n_settings)) / 2
     ranks = scores.rank(axis=1, ascending=False).mean().sort_values(ascending=False)
     rows = pd.DataFrame({"place": range(len(ranks)), "low": ranks - half, "high": ranks + half})
     ax = ax or _axes(len(ranks))
@@ -124,7 +121,7 @@ def _points(ax: Axes, rows: pd.DataFrame, middle: pd.Series, **style: str) -> No
 def _axes(rows: int) -> Axes:
     from matplotlib import pyplot as plt
 
-    _, ax = plt.subplots(figsize=(WIDTH, 1.3 + 0.42 * rows))
+    _, ax = plt.subplots(figsize=(6.4, 1.3 + 0.42 * rows))
     ax.set_ylim(-0.6, rows - 0.4)
     ax.grid(axis="y", visible=False)
     return ax
@@ -136,4 +133,5 @@ def _legend_above(ax: Axes) -> None:
 
 def _label(metric: str) -> str:
     name, at, k = metric.partition("@")
-    return METRIC_NAMES.get(name, name.capitalize()) + at + k if at else metric
+    known = {"ndcg": "NDCG", "mrr": "MRR", "map": "MAP", "f1": "F1"}
+    return known.get(name, name.capitalize()) + at + k if at else metric

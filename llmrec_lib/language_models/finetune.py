@@ -32,6 +32,7 @@ from llmrec_lib.language_models.encoder import choose_device, choose_dtype, pad_
 from llmrec_lib.language_models.likelihood import TitleLikelihood, _Tree
 from llmrec_lib.prompts import Template, get_template, item_titles, render
 from llmrec_lib.splits import Split
+from llmrec_lib.study.provenance import versions
 
 CHECKPOINT_SECONDS = 60.0  # between checkpoints; more where writing one would take over 5 % of the time
 HEAD_ROWS = 512  # predictions per product with the output embedding, which bounds the memory of the logits
@@ -158,7 +159,7 @@ def finetune(
     settings["augmentation"] = augmentation and augmentation.fingerprint
     texts = _Texts(split, scorer, template, settings, augmentation)
     made_of = (split.fingerprint, scorer.title_tokens, texts.preamble)
-    key = content_key(settings, *made_of, torch.__version__, sys.modules[__name__], low_rank)
+    key = content_key(settings, *made_of, versions(), sys.modules[__name__], low_rank)
     checkpoint = cache_dir() / "finetuned" / key / "checkpoint.safetensors"
     trainable = _trainable(model, method, rank, seed)
 

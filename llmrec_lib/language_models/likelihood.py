@@ -18,6 +18,7 @@ from llmrec_lib.language_models import catalog
 from llmrec_lib.language_models._packed import pack_linears
 from llmrec_lib.language_models.encoder import choose_device, choose_dtype, first_token, pad_right
 from llmrec_lib.shards import in_shards
+from llmrec_lib.study.provenance import versions
 
 OVER = ("vocabulary", "catalogue")
 HEAD_ROWS = 128  # positions per vocabulary projection: 128 x 49,152 logits stay near the cores' caches
@@ -163,7 +164,7 @@ class TitleLikelihood:
     def fingerprint(self) -> str:
         """Hash of all that decides the scores of a prompt, the weights as they are now included."""
         model = catalog.name_hash(self._name) if self._name else catalog.weights_hash(self.model)
-        return content_key("likelihood 2", model, self.title_tokens, str(self.dtype), self.context)
+        return content_key("likelihood 2", versions(), model, self.title_tokens, str(self.dtype), self.context)
 
     def _tokenize_titles(self) -> list[list[int]]:
         def tokenize(texts: list[str]) -> list[list[int]]:

@@ -86,8 +86,7 @@ def run(
     for chapter, reason in reasons.items():
         report(f"{chapter}: " + (f"to be executed ({reason})" if reason else "up to date"))
     waiting = [job for job in jobs if reasons[job.chapter]]
-    on_dask = engine == "dask" and waiting
-    for outcome in _execute_on_dask(waiting, scheduler) if on_dask else map(_execute, waiting):
+    for outcome in _execute_on_dask(waiting, scheduler) if engine == "dask" and waiting else map(_execute, waiting):
         outcomes[outcome.chapter] = outcome
         report(f"{outcome.chapter}: {outcome.status} after {outcome.seconds:.0f} s\n{outcome.error}".rstrip())
     return list(outcomes.values())
