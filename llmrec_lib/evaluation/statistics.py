@@ -118,12 +118,12 @@ def compare_many(
     return table
 
 
-def shown(row: pd.Series) -> int:
+def direction(row: pd.Series) -> int:
     """1 where a row of `compare_many` shows `a` to be better, -1 where it shows it to be worse, 0 where neither is shown."""
     return int(row["significant"] * np.sign(row["difference"]))
 
 
 def as_expected(claims: Mapping[str, int]) -> str:
-    """What one would have expected, and whether it came out, in Markdown: yes (1), no (-1) or not shown (0), as from `shown`."""
+    """What one would have expected, and whether it came out, in Markdown: yes (1), no (-1) or not shown (0), as from `direction`."""
     said = [f"{claim}: *{('not shown', 'yes', 'no')[found]}*" for claim, found in claims.items()]
     return f"**As one would expect?** {'; '.join(said)}."

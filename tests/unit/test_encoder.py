@@ -90,6 +90,13 @@ def test_results_are_kept_by_model_and_settings(monkeypatch):
         assert not torch.allclose(other.encode(TEXTS, progress=False), first)
 
 
+def test_another_version_of_a_package_makes_embeddings_anew(monkeypatch):
+    first = make().encode(TEXTS, progress=False)
+    monkeypatch.setattr(encoder_module, "versions", lambda: {"torch": "another"})
+    monkeypatch.setattr(TextEncoder, "_embed", lambda self, ids, progress: torch.zeros(len(ids), first.shape[1]))
+    assert not make().encode(TEXTS, normalize=False, progress=False).any()
+
+
 def test_pooling_is_found():
     assert make().pooling == "mean"
     assert make(tiny_llama().base_model).pooling == "last"

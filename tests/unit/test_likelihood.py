@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec_lib.language_models import catalog
+from llmrec_lib.language_models import likelihood as likelihood_module
 from llmrec_lib.language_models.likelihood import TitleLikelihood, _ancestor_mask, _Tree, naive_log_likelihood
 from tests.unit.tiny_models import tiny_llama, tiny_tokenizer
 
@@ -194,6 +195,9 @@ def test_catalogue_scores_are_kept_prompt_by_prompt(tokenizer, tmp_path, monkeyp
     with torch.no_grad():
         scorer.model.get_input_embeddings().weight += 0.1
     assert not torch.equal(scorer.score_catalogue(prompts[:1], progress=False), scores[:1])  # another model by now
+    known = scorer.fingerprint
+    monkeypatch.setattr(likelihood_module, "versions", lambda: {"torch": "another"})
+    assert scorer.fingerprint != known
 
 
 def test_wrong_input_is_named(tokenizer):

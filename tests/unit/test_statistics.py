@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from llmrec_lib.evaluation import Evaluation, compare, compare_many
-from llmrec_lib.evaluation.statistics import interval, per_user_mean
+from llmrec_lib.evaluation.statistics import as_expected, direction, interval, per_user_mean
 
 
 def judged(values, method="a", users=None, **changes) -> Evaluation:
@@ -169,3 +169,14 @@ def test_the_interval_covers_the_mean_about_as_often_as_it_says():
     samples = [generator.exponential(1.0, 60) for _ in range(60)]
     covered = sum(low < 1.0 < high for low, high in map(interval, samples))
     assert covered >= 50
+
+
+def test_an_expectation_is_met_only_by_what_is_shown(noise):
+    base = noise.random(60)
+    better, noisy = judged(base + 0.2), judged(base + noise.standard_normal(60), "c")
+    rows = compare_many(
+        {"above": (better, judged(base, "b")), "below": (judged(base, "b"), better), "near": (noisy, judged(base, "b"))}
+    )
+    assert [direction(rows.loc[label]) for label in rows.index] == [1, -1, 0]
+    claims = {"text helps": direction(rows.loc["above"]), "ids help": direction(rows.loc["below"]), "luck helps": 0}
+    assert as_expected(claims) == "**As one would expect?** text helps: *yes*; ids help: *no*; luck helps: *not shown*."
