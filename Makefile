@@ -15,6 +15,8 @@ PROFILE ?= quick
 DATASET ?=
 DATA_DIR ?=
 ARGS ?=
+# Chapters at a time, each with its share of the cores.
+JOBS ?= 2
 # Downloaded weights and finished units; shared by study, test and bench.
 export LLMREC_CACHE ?= $(CURDIR)/.cache
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -35,7 +37,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo 'variables: PROFILE=quick|full  DATASET=NAME DATA_DIR=DIR (your own data)  ARGS=... (passed to llmrec run or pytest)'
-	@echo '           PYTHON=python3.11  VENV=.venv  TORCH=$(TORCH)  LLMREC_CACHE=.cache'
+	@echo '           JOBS=2 (chapters at a time)  PYTHON=python3.11  VENV=.venv  TORCH=$(TORCH)  LLMREC_CACHE=.cache'
 
 setup: $(STAMP) ## make the virtual environment from requirements.lock
 
@@ -48,7 +50,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 study: $(STAMP) ## run every chapter at PROFILE's scale and build that book into _build/html
-	$(VENV)/bin/llmrec run --profile "$(PROFILE)" --results "$(RESULTS)" --executed "$(EXECUTED)" \
+	$(VENV)/bin/llmrec run -j $(JOBS) --profile "$(PROFILE)" --results "$(RESULTS)" --executed "$(EXECUTED)" \
 		$(if $(DATASET),-p dataset "$(DATASET)") $(if $(DATA_DIR),-p data_dir "$(DATA_DIR)") $(ARGS)
 	@# Chapter 11 reads what the others wrote, so it is always made anew.
 	$(VENV)/bin/llmrec run 11 --force --profile "$(PROFILE)" --results "$(RESULTS)" --executed "$(EXECUTED)" \

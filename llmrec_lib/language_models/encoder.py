@@ -138,8 +138,7 @@ def pad_right(ids: list[list[int]], device: torch.device, fill: int = 0) -> tupl
     """Token lists of any lengths as one LongTensor [n, longest], padded with `fill`, and its mask of real tokens."""
     longest = max(map(len, ids))
     tokens = torch.tensor([row + [fill] * (longest - len(row)) for row in ids], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=device)
-    return tokens, mask
+    return tokens, torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=device)
 
 
 def first_token(tokenizer: Any) -> int:

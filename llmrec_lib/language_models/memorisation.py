@@ -105,5 +105,4 @@ def recall(
 def _tokens_after(likelihood: TitleLikelihood, before: str, text: str) -> list[int]:
     """Tokens of `text` behind the last character of `before`: the beginning of a text is a special place."""
     start, whole = likelihood.tokenizer([before[-1], before[-1] + text], add_special_tokens=False)["input_ids"]
-    shared = next((i for i, (a, b) in enumerate(zip(start, whole, strict=False)) if a != b), len(start))
-    return whole[shared:]
+    return whole[next((i for i, (a, b) in enumerate(zip(start, whole, strict=False)) if a != b), len(start)) :]

@@ -232,5 +232,4 @@ def _check_injected(chapter: str, cells: list[str]) -> None:
     for before, source in zip(cells, cells[1:], strict=False):
         if source.startswith("# Parameters\n"):
             declared = literals(before, f"{chapter}, parameters cell")
-            injected = literals(source, f"{chapter}, injected parameters")
-            check_values(declared, injected, chapter, text=False)
+            check_values(declared, literals(source, f"{chapter}, injected parameters"), chapter, text=False)

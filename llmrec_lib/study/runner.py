@@ -48,17 +48,16 @@ class _Job:
 
     def result_hashes(self) -> dict[str, str]:
         """File name -> hash of what the chapter has written to its results folder."""
-        files = sorted(self.results.glob("[!.]*.*"))
-        return {file.name: file_sha256(file) for file in files if file.is_file()}
+        return {file.name: file_sha256(file) for file in sorted(self.results.glob("[!.]*.*")) if file.is_file()}
 
 
 def run(
     chapters: Sequence[str] = (), profile: str = "quick", parameters: Mapping[str, Any] | None = None,
     engine: str = "local", scheduler: str | None = None, results_dir: str | Path | None = None,
     notebooks_dir: str | Path = "notebooks", executed_dir: str | Path = "_build/executed", force: bool = False,
-    cell_timeout: int = 0, cache_gb: float | None = None, report: Callable[[str], None] = print,
+    cell_timeout: int = 0, cache_gb: float | None = None, report: Callable[[str], None] = print, at_once: int = 1,
 ) -> list[ChapterOutcome]:  # fmt: skip
-    """Execute chapters in the current folder, one kernel at a time; what is up to date is skipped.
+    """Execute chapters in the current folder; what is up to date is skipped.
 
     Parameters
     ----------
@@ -74,11 +73,13 @@ def run(
     cell_timeout : seconds after which a cell counts as hung and its chapter as failed; 0 for no limit.
     cache_gb : before anything is executed, delete what the cache has not used for longest until so many GB are left.
     report : receives one line of progress at a time.
+    at_once : so many chapters side by side on this machine, each with its share of the cores (OMP_NUM_THREADS, if set,
+        says how many), but the last one alone: it may read what the others wrote. With engine "local".
     """
     if engine not in ("local", "dask") or (scheduler and engine != "dask"):
         raise ParameterError(f"engine {engine!r}, scheduler {scheduler!r}: use local, dask, or dask with a scheduler")
     given = dict(parameters or {}) | ({} if results_dir is None else {"results_dir": str(results_dir)})
-    jobs = _plan(chapters, profile, given, Path(notebooks_dir), Path(executed_dir), cell_timeout, force)
+    jobs = _plan(chapters, profile, given, Path(notebooks_dir), Path(executed_dir), cell_timeout, force, at_once)
     if cache_gb is not None:
         shrink_cache(cache_gb)
     outcomes = {job.chapter: ChapterOutcome(job.chapter, "up to date", 0.0, job.target) for job in jobs}
@@ -86,7 +87,8 @@ def run(
     for chapter, reason in reasons.items():
         report(f"{chapter}: " + (f"to be executed ({reason})" if reason else "up to date"))
     waiting = [job for job in jobs if reasons[job.chapter]]
-    for outcome in _execute_on_dask(waiting, scheduler) if engine == "dask" and waiting else map(_execute, waiting):
+    running = _execute_on_dask(waiting, scheduler) if engine == "dask" and waiting else _execute_here(waiting, at_once)
+    for outcome in running:
         outcomes[outcome.chapter] = outcome
         report(f"{outcome.chapter}: {outcome.status} after {outcome.seconds:.0f} s\n{outcome.error}".rstrip())
     return list(outcomes.values())
@@ -109,7 +111,7 @@ def find_chapters(names: Sequence[str], notebooks_dir: Path) -> list[Path]:
 
 def _plan(
     names: Sequence[str], profile: str, given: dict[str, Any], notebooks_dir: Path, executed_dir: Path,
-    timeout: int, forced: bool,
+    timeout: int, forced: bool, at_once: int,
 ) -> list[_Job]:  # fmt: skip
     chapters = find_chapters(names, notebooks_dir)
     known = {path.stem: declared_parameters(path) for path in find_chapters((), notebooks_dir)}
@@ -136,7 +138,7 @@ def _plan(
                 "models": {role: provenance.model_hash(values[role]) for role in ("encoder", "llm") if role in values},
                 "versions": content_key(provenance.versions()),
             },
-            threads=os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count()),
+            threads=os.environ.get("OMP_NUM_THREADS") or str(max(1, os.cpu_count() // at_once)),
             timeout=timeout,
             forced=forced,
         )
@@ -179,6 +181,15 @@ def _execute(job: _Job) -> ChapterOutcome:
         message = _describe_failure(job.chapter, error, unfinished)
         return ChapterOutcome(job.chapter, "failed", time.monotonic() - started, unfinished, message)
     return ChapterOutcome(job.chapter, "done", time.monotonic() - started, job.target)
+
+
+def _execute_here(jobs: Sequence[_Job], at_once: int) -> Iterator[ChapterOutcome]:
+    """In processes of their own, if several at once: a kernel's client wants the main thread."""
+    import joblib
+
+    side_by_side = jobs[:-1] if at_once > 1 else []
+    yield from joblib.Parallel(at_once, return_as="generator_unordered")(map(joblib.delayed(_execute), side_by_side))
+    yield from map(_execute, jobs[len(side_by_side) :])
 
 
 def _papermill(job: _Job, output: Path) -> None:

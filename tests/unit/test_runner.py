@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 
@@ -221,6 +222,39 @@ def test_failed_chapter_is_kept_apart_and_the_others_run(project):
     assert "01_first failed in cell 4 with RuntimeError: no luck" in outcomes[0].error
     executed = project / "_build" / "executed"
     assert sorted(path.name for path in executed.glob("[!.]*")) == ["01_first.failed.ipynb", "02_second.ipynb"]
+
+
+def test_chapters_side_by_side_and_the_last_one_alone(project, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    meet = """
+import os, pathlib, time
+pathlib.Path(f'begun_{word}').touch()
+latest = time.time() + 60
+while len(list(pathlib.Path('.').glob('begun_*'))) < 2:
+    assert time.time() < latest, 'the other chapter does not begin'
+    time.sleep(0.1)
+time.sleep(1)
+pathlib.Path(f'ended_{word}').touch()
+print(os.environ['OMP_NUM_THREADS'])
+"""
+    after = "import pathlib\nassert len(list(pathlib.Path('.').glob('ended_*'))) == 2"
+    for number, cell in (("01_first", meet), ("02_second", meet), ("03_third", after)):
+        parameters = PARAMETERS.replace('word = "a"', f'word = "{number}"') + "extra = 3\n"
+        write_notebook(project / "notebooks" / f"{number}.ipynb", cell, parameters=parameters)
+    lines = []
+    outcomes = run(at_once=2, report=lines.append)
+    assert statuses(outcomes) == [("01_first", "done"), ("02_second", "done"), ("03_third", "done")], lines
+    assert "03_third: done" in lines[-1]
+    executed = json.loads((project / "_build" / "executed" / "01_first.ipynb").read_text())
+    assert executed["cells"][-1]["outputs"][0]["text"][0].split() == [str(max(1, os.cpu_count() // 2))]
+
+
+def test_one_that_fails_side_by_side_leaves_the_others_alone(project):
+    write_notebook(project / "notebooks" / "01_first.ipynb", "raise RuntimeError(f'no {word}')")
+    write_notebook(project / "notebooks" / "03_third.ipynb", "print(1)")
+    outcomes = run(parameters={"word": "luck"}, at_once=3)
+    assert statuses(outcomes) == [("01_first", "failed"), ("02_second", "done"), ("03_third", "done")]
+    assert "RuntimeError: no luck" in outcomes[0].error
 
 
 def test_dead_kernel_is_a_failure_with_its_cell(project):
