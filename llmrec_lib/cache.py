@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import hashlib
 import inspect
 import os
+import platform
 import shutil
 import tempfile
 import textwrap
 import types
 import uuid
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,8 @@ from platformdirs import user_cache_dir
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+KEY_PACKAGES = ("numpy", "scipy", "pandas", "torch", "transformers", "recbole", "scikit-learn", "optuna")
 
 
 def cache_dir() -> Path:
@@ -61,6 +66,12 @@ def code_of(source: str) -> str:
                 node.body = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
         return ast.dump(tree)
     return source
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Version of Python and of each package that can change a number."""
+    return {"python": platform.python_version(), **{package: metadata.version(package) for package in KEY_PACKAGES}}
 
 
 def content_key(*parts: Any) -> str:

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llmrec_lib.cache import cached_tensors, content_key
+from llmrec_lib.cache import cached_tensors, content_key, versions
 from llmrec_lib.language_models import catalog
 from llmrec_lib.language_models._packed import pack_linears
 from llmrec_lib.shards import in_shards
-from llmrec_lib.study.provenance import versions
 
 BATCH_TOKENS = 2048  # per forward: enough to fill the cores, small enough for their caches; on a GPU 16 times as many
 

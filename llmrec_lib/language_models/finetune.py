@@ -25,14 +25,13 @@ from torch.nn.functional import cross_entropy, linear
 from tqdm import tqdm
 
 from llmrec_lib.augment import Augmentation, contrast, with_copies
-from llmrec_lib.cache import atomic_write, cache_dir, cached_tensors, content_key
+from llmrec_lib.cache import atomic_write, cache_dir, cached_tensors, content_key, versions
 from llmrec_lib.language_models import catalog, low_rank
 from llmrec_lib.language_models.compress import transformer_layers
 from llmrec_lib.language_models.encoder import choose_device, choose_dtype, pad_right
 from llmrec_lib.language_models.likelihood import TitleLikelihood, _Tree
 from llmrec_lib.prompts import Template, get_template, item_titles, render
 from llmrec_lib.splits import Split
-from llmrec_lib.study.provenance import versions
 
 CHECKPOINT_SECONDS = 60.0  # between checkpoints; more where writing one would take over 5 % of the time
 HEAD_ROWS = 512  # predictions per product with the output embedding, which bounds the memory of the logits

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llmrec_lib.cache import cached_tensors, content_key
+from llmrec_lib.cache import cached_tensors, content_key, versions
 from llmrec_lib.language_models import catalog
 from llmrec_lib.language_models._packed import pack_linears
 from llmrec_lib.language_models.encoder import choose_device, choose_dtype, first_token, pad_right
 from llmrec_lib.shards import in_shards
-from llmrec_lib.study.provenance import versions
 
 OVER = ("vocabulary", "catalogue")
 HEAD_ROWS = 128  # positions per vocabulary projection: 128 x 49,152 logits stay near the cores' caches

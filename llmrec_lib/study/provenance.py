@@ -6,7 +6,6 @@ import platform
 import re
 import resource
 import sys
-from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -14,9 +13,9 @@ import torch
 
 import llmrec_lib
 from llmrec_lib.cache import code_of, content_key
+from llmrec_lib.cache import versions as versions  # a name of this module, too
 
 PACKAGE = Path(llmrec_lib.__file__).parent
-KEY_PACKAGES = ("numpy", "scipy", "pandas", "torch", "transformers", "recbole", "scikit-learn", "optuna")
 IMPORT = re.compile(r"^[ \t]*(?:from|import) (llmrec_lib[\w.]*)(?: import (?:\(([^)]*)\)|(.*)))?", re.MULTILINE)
 # They decide how results are run, compared, drawn and stored, not what a method's numbers are.
 PRESENTATION = ("cli.py", "plotting.", "study/", "evaluation/statistics.")
@@ -48,12 +47,6 @@ def _imported(source: str) -> set[str]:
     for module, inside, rest in IMPORT.findall(source):
         names |= {module, *(f"{module}.{name}" for name in re.findall(r"\w+", inside or rest))}
     return {".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)}
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Version of Python and of each package that can change a number."""
-    return {"python": platform.python_version(), **{package: metadata.version(package) for package in KEY_PACKAGES}}
 
 
 def machine() -> dict[str, Any]:

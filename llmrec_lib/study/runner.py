@@ -200,8 +200,10 @@ def _papermill(job: _Job, output: Path) -> None:
     from nbclient.exceptions import DeadKernelError
 
     class ThisPython(AsyncKernelManager):  # the interpreter that runs this, whatever kernels are installed
+        # Threads that wait without spinning leave the cores to whatever else computes there.
+        env = {"OMP_NUM_THREADS": job.threads, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")}
         # The log level spares the reader a warning per chapter that a local kernel's traffic is not encrypted.
-        kernel_spec = KernelSpec(**get_kernel_dict(["--log-level=40"]) | {"env": {"OMP_NUM_THREADS": job.threads}})
+        kernel_spec = KernelSpec(**get_kernel_dict(["--log-level=40"]) | {"env": env})
 
     about = {"kernel_name": "python3", "language": "python", "kernel_manager_class": ThisPython}
     about |= {"progress_bar": {"desc": job.chapter}, "execution_timeout": job.timeout or None}
