@@ -14,7 +14,7 @@ def stale() -> dict[str, str]:
     Looked at are notebook, parameters, library, lock, data, versions, and the result files. The library is the source of what
     a notebook imports of it, directly or not: a change elsewhere makes nothing stale.
     """
-    jobs = _plan((), "full", {}, Path("notebooks"), Path("book/executed"), 0, False)
+    jobs = _plan((), "full", {}, Path("notebooks"), Path("book/executed"), 0, False, 1)
     return {job.chapter: _out_of_date(job) for job in jobs}
 
 

@@ -206,6 +206,8 @@ def _base_model(model: nn.Module, pretrained: bool, seed: int) -> nn.Module:
 
 def _trainable(model: nn.Module, method: str, rank: int, seed: int) -> dict[str, nn.Parameter]:
     """Prepare the model for training in place; the parameters that will be trained, by name."""
+    if whole := [name for name, t in model.named_buffers() if t.dtype in (torch.int8, torch.uint8)]:
+        raise ValueError(f"{whole[0]} holds integers: fine-tune the model in full precision and quantise it afterwards")
     model.requires_grad_(method == "full")
     for module in (*(m for m in model.modules() if isinstance(m, nn.Embedding)), model.get_output_embeddings()):
         if module is not None:

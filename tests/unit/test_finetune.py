@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from llmrec_lib.evaluation import evaluate
 from llmrec_lib.language_models import finetune as module
-from llmrec_lib.language_models.compress import keep_layers, shorten, transformer_layers
+from llmrec_lib.language_models.compress import compress, keep_layers, shorten, transformer_layers
 from llmrec_lib.language_models.encoder import TextEncoder
 from llmrec_lib.language_models.finetune import finetune
 from llmrec_lib.language_models.low_rank import add_low_rank, merge_low_rank
@@ -448,6 +448,14 @@ def test_bfloat16_keeps_float32_weights(checkerboard_split, tokenizer):
 def test_bad_parameters(checkerboard_split, tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
         finetune(checkerboard_split, (tiny_llama(), tokenizer), **SMALL | options)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("integers", ["int8", "int4-weights"])
+def test_integers_cannot_be_trained(checkerboard_split, tokenizer, method, integers):
+    whole = compress((tiny_llama(), tokenizer), integers)
+    with pytest.raises(ValueError, match="holds integers: fine-tune the model in full precision"):
+        finetune(checkerboard_split, whole, **SMALL | {"method": method})
 
 
 def test_numpy_numbers_are_numbers(checkerboard_split, tokenizer):
