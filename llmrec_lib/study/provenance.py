@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 import llmrec_lib
-from llmrec_lib.cache import code_of, content_key
-from llmrec_lib.cache import versions as versions  # a name of this module, too
+from llmrec_lib.cache import code_of, content_key, versions  # noqa: F401 - a name of this module, too
 
 PACKAGE = Path(llmrec_lib.__file__).parent
 IMPORT = re.compile(r"^[ \t]*(?:from|import) (llmrec_lib[\w.]*)(?: import (?:\(([^)]*)\)|(.*)))?", re.MULTILINE)
@@ -68,8 +67,7 @@ def machine() -> dict[str, Any]:
 
 def peak_memory_mb() -> float:
     """Largest resident memory of this process so far, in MB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 ** (sys.platform != "darwin") / 1e6, 1)
 
 
 def public_parameters(parameters: dict[str, Any]) -> dict[str, Any]:
