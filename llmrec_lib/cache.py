@@ -116,10 +116,10 @@ def _update(digest: Any, *parts: Any) -> None:
             import torch
 
             digest.update(f"tensor:{part.dtype}:{tuple(part.shape)}:".encode())
-            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # no second copy
         elif hasattr(part, "dtype") and hasattr(part, "tobytes"):
             digest.update(f"array:{part.dtype.str}:{part.shape}:".encode())
-            digest.update(repr(part.tolist()).encode() if part.dtype.hasobject else part.tobytes())
+            digest.update(repr(part.tolist()).encode() if part.dtype.hasobject else part.ravel().view("u1"))
         else:
             raise TypeError(f"content_key cannot read the content of a {kind}; pass plain values or arrays")
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import optuna
 import pandas as pd
 import torch
 from scipy.optimize import minimize
 from torch import FloatTensor, LongTensor
 
-from llmrec_lib.cache import cached_tensors, content_key
+from llmrec_lib.cache import cached_tensors, content_key, versions
 from llmrec_lib.evaluation.evaluate import evaluate, mask_seen, tie_order, top_k
 from llmrec_lib.recommender import Recommender
 from llmrec_lib.splits import Split
@@ -175,6 +176,8 @@ class LearnedFusion(_Fusion):
         return torch.cat([ones, item_gates(self.split, self.phase)], 1), user_gates(self.split, self.phase)[users]
 
     def _learn(self, users: np.ndarray) -> FloatTensor:
+        if not len(users) or not np.diff(self.split.targets("valid").indptr)[users].all():
+            raise ValueError(f"{self.name}: learn from users with a validation event, from split.eval_users")
         view, generator = self.at("valid"), torch.Generator().manual_seed(0)
         designs, shares, targets = [], [], []
         for batch in torch.from_numpy(users).split(max(1, 2**22 // self.n_items)):
@@ -204,8 +207,7 @@ class LearnedFusion(_Fusion):
             return self.l2 * weights @ weights - target @ log_p, gradient + 2 * self.l2 * weights
 
         def solve() -> dict[str, torch.Tensor]:
-            start, options = np.zeros(design.shape[1]), {"maxiter": 300}
-            found = minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
+            found = minimize(loss, np.zeros(design.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 300})
             return {"weights": torch.from_numpy(found.x).float().view(-1, len(self.arms) + 1)}
 
         key = content_key(sys.modules[__name__], design, target, offset, sizes, self.l2)
@@ -367,8 +369,6 @@ def search(
     best, table
         The chosen settings; settings and NDCG@10 of every trial, in their order.
     """
-    import optuna
-
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     users = split.eval_users("valid") if users is None else np.asarray(users, dtype=np.int64)
     halves, rows = np.array_split(np.random.default_rng(0).permutation(users), 2), {}
@@ -383,7 +383,7 @@ def search(
                 found = [evaluate(build(fit, **settings), split, "valid", users=of, ks=[10]) for fit, of in pairs]
                 return {"value": torch.cat([torch.from_numpy(one.per_user["ndcg@10"].to_numpy()) for one in found])}
 
-            about = content_key("trial", key, settings, split.fingerprint, users, library_hash(True))
+            about = content_key("trial", key, settings, split.fingerprint, users, library_hash(True), versions())
             rows[chosen] = cached_tensors("trials", about, value)["value"].mean().item()
         return rows[chosen]
 

@@ -37,6 +37,11 @@ class Template:
         if not self.suffix.strip(" ") or self.max_items < 0:
             raise ValueError(f"template {self.name!r}: suffix must not be blank, max_items not negative")
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the wording."""
+        return content_key(vars(self))
+
 
 _TEXTS = yaml.safe_load(Path(__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))
 TEMPLATES = {name: Template(name, text) for name, text in _TEXTS.items()}
@@ -99,10 +104,8 @@ def user_prompts(
     histories = split.histories(user_list, phase)
     owners = np.repeat(user_list, [len(history) for history in histories])
     split.guard(owners, np.concatenate([[], *histories]), phase, "prompt history")
-    return [
-        render(template, [titles[item] for item in history], split.dataset.user_text[user], stated)
-        for user, history, stated in zip(user_list, histories, needs, strict=True)
-    ]
+    told = zip(user_list, histories, needs, strict=True)
+    return [render(template, [titles[i] for i in items], split.dataset.user_text[user], n) for user, items, n in told]
 
 
 class StatedNeeds:

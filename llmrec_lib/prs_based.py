@@ -109,11 +109,9 @@ def text_arms(
 ) -> list[ItemSimilarityRecommender]:  # fmt: skip
     """Both ways in which vectors of items help to recommend, as arms of a fusion: `ease_with_text` with each half-life of
     its votes (see `ItemSimilarityRecommender.recent`), and `text_similarity` with the last one."""
+    similar = text_similarity(split, item_embeddings, neighbours, name)  # first: frees n_items²
     early = ease_with_text(split, item_embeddings, weight, name=f"EASE with {name}")
-    return [
-        *(early.recent(half_life) for half_life in half_lives),
-        text_similarity(split, item_embeddings, neighbours, name).recent(half_lives[-1]),
-    ]
+    return [*(early.recent(half_life) for half_life in half_lives), similar.recent(half_lives[-1])]
 
 
 class UserTextRecommender(SequentialFusion):

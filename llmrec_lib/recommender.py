@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from types import CodeType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -59,10 +60,13 @@ class Recommender(ABC):
     def describe(self) -> dict:
         """The configuration that decides the scores, as plain values and hashes: what a guard and a results file compare.
 
-        All attributes count, but the phase, and those that begin with an underscore, which follow from the others.
+        All attributes count, but the phase, and those that begin with an underscore, which follow from the others; and of a
+        class that is not the library's, what its methods do.
         """
         counts = {n: value for n, value in vars(self).items() if n not in ("phase", "split") and n[0] != "_"}
-        return {"class": type(self).__name__, **{name: _described(value) for name, value in counts.items()}}
+        methods = [m for kind in type(self).__mro__ for m in vars(kind).values() if isinstance(m, FunctionType)]
+        foreign = [m for m in methods if not str(m.__module__).startswith("llmrec_lib")]
+        return {n: _described(value) for n, value in {"class": [type(self).__name__, *foreign], **counts}.items()}
 
 
 def _described(value: Any) -> Any:
@@ -76,7 +80,14 @@ def _described(value: Any) -> Any:
         return content_key(*(getattr(value.tocsr(), part) for part in ("data", "indices", "indptr")))
     if value is None or isinstance(value, str | int | float):
         return value
-    return "callable" if callable(value) and not hasattr(value, "fingerprint") else content_key(value)
+    if isinstance(value, FunctionType):  # what it does, and what it has been given
+        given = [cell.cell_contents for cell in value.__closure__ or ()] + [*(value.__defaults__ or ())]
+        parts = [getattr(one, "__code__", one) for one in (value, *given) if not isinstance(one, type | Recommender)]
+        return _described(parts)
+    if isinstance(value, CodeType):
+        inside = [_described(one) if isinstance(one, CodeType) else repr(one) for one in value.co_consts]
+        return [value.co_code.hex(), *value.co_names, *inside]
+    return content_key(value)
 
 
 class ItemSimilarityRecommender(Recommender):

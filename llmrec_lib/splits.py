@@ -165,8 +165,7 @@ class Split:
         if ((users < 0) | (users >= n_users) | (items < 0) | (items >= n_items)).any():
             raise ValueError(f"{what}: internal ids must lie in 0..{n_users - 1} (users) and 0..{n_items - 1} (items)")
         for part in held_out:
-            leaks = np.flatnonzero(self.matrix(part)[users, items])
-            if len(leaks):
+            if len(leaks := np.flatnonzero(self.matrix(part)[users, items])):
                 user, item = self.dataset.user_ids[users[leaks[0]]], self.dataset.item_ids[items[leaks[0]]]
                 first = f"{len(leaks):,} held-out {part} event(s), the first: user {user!r}, item {item!r}"
                 raise LeakError(f"{what} (phase {phase!r}) holds {first}; build it from split.histories of this phase")
@@ -202,8 +201,7 @@ def split(
     if dataset.time is None and protocol == "temporal_ratio":
         notes.append(f"{dataset.name} has no timestamps: temporal_ratio falls back to a seeded random order")
         warnings.warn(notes[-1], stacklevel=2)
-    users = dataset.interactions["user"].to_numpy()
-    order = _time_order(dataset, seed)
+    users, order = dataset.interactions["user"].to_numpy(), _time_order(dataset, seed)
     if protocol == "random_ratio":
         order = np.lexsort((np.random.default_rng([seed, _RANDOM]).permutation(len(users)), users))
     if protocol == "global_temporal":
@@ -239,8 +237,7 @@ def ratio_counts(sizes: np.ndarray, ratios: tuple[float, float, float]) -> tuple
     counts[0] = sizes - counts[1] - counts[2]
     for which in (2, 1):
         more = (counts[0] > 1) & (exact[which] > 0) & (exact[which] < 1)
-        counts[which] = counts[which] + more
-        counts[0] = counts[0] - more
+        counts[which], counts[0] = counts[which] + more, counts[0] - more
     return counts[0], counts[1], counts[2]
 
 

@@ -43,8 +43,7 @@ class Evaluation:
         if metric in self.catalogue:
             return self.catalogue[metric]
         if metric not in self.per_user:
-            known = [*self.per_user.columns, *self.catalogue]
-            raise KeyError(f"no metric {metric!r} in this evaluation; it has {', '.join(known)}")
+            raise KeyError(f"no metric {metric!r}; this evaluation has {', '.join([*self.per_user, *self.catalogue])}")
         return float(self.per_user[metric].mean())
 
     def tidy(self) -> pd.DataFrame:
@@ -154,18 +153,15 @@ def evaluate(
     if phase == "test":
         look, configuration = (split.fingerprint, method, seed), recommender.describe()
         _check_first_look(look, configuration)
-    k = max(ks)
-    if k >= n_items:
+    if (k := max(ks)) >= n_items:
         raise ValueError(f"ks asks for {k} items; the catalogue has {n_items - 1}")
 
     view = recommender.at(phase)
     order = tie_order(n_items)
     batch_size = batch_size or max(1, BATCH_SCORES // n_items)
-    lists = np.empty((len(users), k), dtype=np.int32)
+    lists, seconds = np.empty((len(users), k), dtype=np.int32), 0.0
     table = np.empty((len(users), len(PER_USER) * len(set(ks))), order="F")
-    seconds = 0.0
-    starts = range(0, len(users), batch_size)
-    for first in tqdm(starts, desc=method, unit="batch", leave=False, disable=not progress):
+    for first in tqdm(range(0, len(users), batch_size), desc=method, unit="batch", leave=False, disable=not progress):
         rows = slice(first, first + batch_size)
         batch = torch.from_numpy(users[rows])
         start = time.perf_counter()
@@ -173,13 +169,13 @@ def evaluate(
         seconds += time.perf_counter() - start
         if scores.shape != (len(batch), n_items):
             raise ValueError(f"{method}: score() gave {tuple(scores.shape)} instead of ({len(batch)}, {n_items})")
-        broken = scores[:, 1:].amax(dim=1).isnan()  # the maximum of a row with a NaN is NaN
-        if broken.any():
+        if (broken := scores[:, 1:].amax(dim=1).isnan()).any():  # the maximum of a row with a NaN is NaN
             raise ValueError(f"{method}: scores of user {batch[broken][0]} contain NaN; look at its history and inputs")
         masked = mask_seen(scores.clone(), split, batch, phase)
         if candidates is not None:
             masked[:, np.isin(np.arange(n_items), candidates, invert=True)] = -torch.inf
-        lists[rows] = top_k(masked, k, order)
+        best = top_k(masked, k, order)
+        lists[rows] = torch.where(masked.gather(1, best) > -torch.inf, best, 0)  # PAD: nothing is left
         hits = targets[users[rows, None], lists[rows]].toarray() > 0
         values = per_user_metrics(hits, n_targets[rows], split.item_counts[lists[rows]], ks)
         table[rows] = np.stack([*values.values()], axis=1)

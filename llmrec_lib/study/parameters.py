@@ -131,9 +131,6 @@ def chapter_values(
         require_known(values, allowed[section], f"{section} (profile {profile!r} in {profiles})")
     declared = {name: value for chapter in chapters for name, value in known[chapter].items()}
     require_known(given, declared, ", ".join(chapters))
-    effective = []
-    for chapter in chapters:
-        wanted = sections.get("all", {}) | sections.get(chapter, {}) | given
-        own = {name: value for name, value in wanted.items() if name in known[chapter]}
-        effective.append(check_values(known[chapter], own, chapter))
-    return effective
+    wanted = {chapter: sections.get("all", {}) | sections.get(chapter, {}) | given for chapter in chapters}
+    own = {chapter: {n: v for n, v in wanted[chapter].items() if n in known[chapter]} for chapter in chapters}
+    return [check_values(known[chapter], own[chapter], chapter) for chapter in chapters]

@@ -4,11 +4,11 @@ import functools
 import os
 import platform
 import re
-import resource
 import sys
 from pathlib import Path, PurePath
 from typing import Any
 
+import psutil
 import torch
 
 import llmrec_lib
@@ -50,8 +50,6 @@ def _imported(source: str) -> set[str]:
 
 def machine() -> dict[str, Any]:
     """Processor model, cores, memory in GB, operating system and, where one is in use, the GPU model."""
-    import psutil
-
     cpuinfo = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*: (.+)", cpuinfo.read_text(errors="replace")) if cpuinfo.exists() else None
     facts = {
@@ -67,6 +65,10 @@ def machine() -> dict[str, Any]:
 
 def peak_memory_mb() -> float:
     """Largest resident memory of this process so far, in MB."""
+    if sys.platform == "win32":
+        return round(psutil.Process().memory_info().peak_wset / 1e6, 1)
+    import resource
+
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 ** (sys.platform != "darwin") / 1e6, 1)
 
 
@@ -80,5 +82,5 @@ def model_hash(name: str) -> str | None:
     """SHA-256 of a catalog model's published weights, hash of a local folder; a hub name holds its revision itself."""
     from llmrec_lib.language_models import catalog
 
-    known = Path(name).is_dir() or catalog.split_name(name)[1]
-    return catalog.name_hash(name) if known else catalog.list_models().set_index("name")["sha256"].get(name)
+    pinned = catalog.list_models().set_index("name")["sha256"]
+    return pinned.get(name) if name in pinned or catalog.HUB_NAME.fullmatch(name) else catalog.name_hash(name)

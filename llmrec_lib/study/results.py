@@ -19,6 +19,7 @@ import pyarrow.parquet
 from llmrec_lib.cache import atomic_write, content_key
 from llmrec_lib.datasets import Dataset, load_dataset
 from llmrec_lib.evaluation import Evaluation
+from llmrec_lib.recommender import Recommender
 from llmrec_lib.study import provenance
 from llmrec_lib.study.parameters import check_values, literals
 
@@ -50,8 +51,7 @@ class Study:
         self.units: dict[tuple[str, str, int], Evaluation] = {}
         self._keys: dict[tuple[str, str, int], str] = {}
         self._notes: dict[str, Any] = {}
-        self._computed = 0
-        self._started = datetime.now(UTC)
+        self._computed, self._started = 0, datetime.now(UTC)
         self._public = provenance.public_parameters(self.parameters)
         print(f"{chapter}: " + ", ".join(f"{name}={value!r}" for name, value in self._public.items() if value != ""))
 
@@ -63,10 +63,8 @@ class Study:
     @functools.cached_property
     def models(self) -> dict[str, dict[str, str | None]]:
         """Name and hash of the models that the parameters encoder and llm stand for."""
-        roles = ("encoder", "llm")
-        return {
-            role: {"name": self._public[role], "sha256": provenance.model_hash(self.parameters[role])} for role in roles
-        }
+        hashes = {role: provenance.model_hash(self.parameters[role]) for role in ("encoder", "llm")}
+        return {role: {"name": self._public[role], "sha256": sha256} for role, sha256 in hashes.items()}
 
     def unit(
         self, method: str, *, family: str, seed: int, compute: Callable[[], Evaluation], key: Any = (),
@@ -191,7 +189,8 @@ def _what_it_uses(function: Callable, above: tuple = ()) -> list:
     """Content of a function that decides its result and can be read: its source, and what the names in it stand for."""
     names, known = _names(function.__code__), {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
     used = [(name, _content(known[name], (*above, function))) for name in sorted(names & known.keys())]
-    return [inspect.getsource(function), used]
+    given = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]  # lambda w=w: …
+    return [inspect.getsource(function), used, _content(given, (*above, function))]
 
 
 def _names(code: CodeType) -> set[str]:
@@ -212,7 +211,7 @@ def _content(value: Any, above: tuple) -> Any:
         return fingerprint
     if isinstance(value, pd.DataFrame | pd.Series):
         return content_key(pd.util.hash_pandas_object(value).to_numpy())
-    if type(value).__module__.startswith("llmrec_lib") and hasattr(value, "describe"):
+    if isinstance(value, Recommender):
         value = value.describe()
     try:
         return None if callable(value) or inspect.ismodule(value) else content_key(value)

@@ -243,9 +243,8 @@ def _stamp(job: _Job, executed: Path) -> None:
         "results": job.result_hashes(),
         "run": {name: run[name] for name in ("machine", "versions", "peak_memory_mb") if name in run},
     }
-    for cell in notebook["cells"]:
-        if "outputs" in cell:
-            cell["outputs"] = _without_folders(cell["outputs"], job.folder)
+    for cell in [cell for cell in notebook["cells"] if "outputs" in cell]:
+        cell["outputs"] = _without_folders(cell["outputs"], job.folder)
     with atomic_write(job.target) as temporary:
         temporary.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

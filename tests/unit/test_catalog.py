@@ -15,6 +15,7 @@ import torch
 from llmrec_lib.cache import file_sha256
 from llmrec_lib.language_models import catalog
 from llmrec_lib.language_models.catalog import CATALOG, HashMismatch, PinnedModel, fetch, list_models, model_hash
+from llmrec_lib.study import provenance
 from tests.unit.tiny_models import tiny_llama, tiny_tokenizer
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -140,6 +141,12 @@ def test_hub_names_need_a_revision(name):
 def test_unknown_names_say_what_exists():
     with pytest.raises(ValueError, match="minilm, smollm2-135m"):
         fetch("minillm")
+
+
+def test_a_misspelt_model_is_found_before_anything_runs():
+    with pytest.raises(ValueError, match="model 'smollm2-135' is unknown"):
+        provenance.model_hash("smollm2-135")
+    assert provenance.model_hash("smollm2-135m") and provenance.model_hash(f"org/name@{'0' * 40}") is None
 
 
 def test_model_hash_follows_the_content(folder):

@@ -254,6 +254,28 @@ def test_only_some_items_are_ranked(random_table):
         left = [item for item in some if not parts.seen("test")[user, item]]
         best = max(left, key=lambda item: (random_table.table[user, item].item(), -order[item].item()))
         assert found.per_user.loc[user, "hit@1"] == float(parts.targets("test")[user, best] > 0)
+    few = evaluate(random_table, parts, method="few", candidates=some[:2], ks=(5, 10))
+    possible = parts.targets("test")[few.per_user.index][:, some[:2]].sum(axis=1).A1
+    assert (few.per_user["hit@10"] <= possible).all()  # lists end where the candidates do
+    assert few.mean("coverage@10") == pytest.approx(2 / (parts.dataset.n_items - 1))
     whole = evaluate(random_table, parts, method="whole", among=some, ks=(1, 3))
     assert (found.per_user["mrr@3"] >= whole.per_user["mrr@3"]).all()
     assert found.mean("mrr@3") > whole.mean("mrr@3")
+
+
+def test_what_an_own_class_does_is_part_of_its_description(checkerboard_split):
+    """Or a class that was edited in a notebook would get the results of the one before."""
+
+    def own(sign):
+        class Mine(Recommender):
+            def score(self, users):
+                return sign * torch.arange(self.n_items).float().expand(len(users), -1)
+
+        return Mine(checkerboard_split, "mine").describe()
+
+    class Mine(Recommender):
+        def score(self, users):
+            return torch.zeros(len(users), self.n_items)
+
+    assert own(1) == own(1) != own(-1)
+    assert own(1) != Mine(checkerboard_split, "mine").describe()

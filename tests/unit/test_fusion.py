@@ -341,6 +341,22 @@ def test_learned_weights_are_those_of_a_conditional_logit(one_each, monkeypatch)
     assert held.weights.abs().max() < 1e-3
 
 
+def test_nothing_is_learned_from_users_without_a_target(one_each):
+    without = np.flatnonzero(np.diff(one_each.targets("valid").indptr) == 0)[:1]  # PAD, if nobody else
+    for users in (without, []):
+        with pytest.raises(ValueError, match="learn from users with a validation event"):
+            LearnedFusion([hinted(one_each, 1, 2.0), hinted(one_each, 2, 0.7)], users, name="of nobody")
+
+
+def test_what_a_gate_does_is_part_of_its_description(one_each):
+    arms = [hinted(one_each, 1, 2.0), hinted(one_each, 2, 0.7)]
+
+    def gated(strength):
+        return HybridFusion(arms, lambda users: torch.full((len(users), 2), strength)).describe()
+
+    assert gated(0.5) == gated(0.5) != gated(5.0)
+
+
 def test_items_that_are_drawn_stand_for_all(one_each, monkeypatch):
     arms = [hinted(one_each, 1, 2.0), hinted(one_each, 2, 0.7)]
 

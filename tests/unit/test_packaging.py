@@ -150,6 +150,12 @@ def test_imports_are_declared():
     assert not undeclared
 
 
+def test_the_library_needs_no_module_of_unix():
+    for path in (ROOT / "llmrec_lib").rglob("*.py"):
+        first = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.Import)]
+        assert not {name.name for node in first for name in node.names} & {"resource", "fcntl", "pwd", "grp"}, path
+
+
 def test_workflows_are_yaml_and_run_make():
     for path in (ROOT / ".github/workflows").glob("*.yml"):
         steps = [step for job in yaml.safe_load(path.read_text())["jobs"].values() for step in job["steps"]]

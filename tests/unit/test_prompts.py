@@ -133,3 +133,8 @@ def test_needs_differ_by_seed_and_not_by_call(ml100k_split):
     stated = np.array([text != "" for text in texts[0]])
     assert stated.mean() > 0.9
     assert (hit.any(axis=1) == stated).all()  # the word is true of at least one item that is taken next
+
+
+def test_templates_of_ones_own_are_told_apart():
+    one, other = Template("mine", "I saw: {history}"), Template("mine", "Seen: {history}")
+    assert one.fingerprint == Template("mine", "I saw: {history}").fingerprint != other.fingerprint

@@ -24,7 +24,7 @@ def parameters(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "tiny.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\nu\ti\t1\nu\tj\t2\nv\ti\t3\n")
     models = types.ModuleType("llmrec_lib.language_models")
-    listed = pd.DataFrame({"name": ["minilm"], "sha256": ["abc"]})
+    listed = pd.DataFrame({"name": ["minilm", "smollm2-135m"], "sha256": ["abc", "def"]})
     models.catalog = types.SimpleNamespace(list_models=lambda: listed, split_name=lambda name: (name, ""))
     monkeypatch.setitem(sys.modules, models.__name__, models)
     return {"dataset": "tiny", "data_dir": str(tmp_path / "data"), "results_dir": str(tmp_path / "results"), "seeds": 2}
@@ -180,6 +180,14 @@ def test_a_unit_depends_on_names_inside_lambdas_and_generators_too(parameters, m
     assert unit().per_user["ndcg@10"].iloc[0] == 1
     monkeypatch.setattr(sys.modules[__name__], "OFFSET", 2.0)
     assert unit().per_user["ndcg@10"].iloc[0] == 3
+
+
+def test_a_unit_depends_on_default_arguments(parameters):
+    def unit(value):
+        compute = lambda value=value: evaluation(value=value)  # noqa: E731
+        return Study("02_baselines", **parameters).unit("ease", family="id", seed=0, compute=compute)
+
+    assert [unit(value).per_user["ndcg@10"].iloc[0] for value in (0.25, 0.5, 0.25)] == [0.25, 0.5, 0.25]
 
 
 def test_read_back_is_what_was_computed(parameters):
