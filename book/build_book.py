@@ -36,7 +36,8 @@ def build_book(executed: str | Path = EXECUTED, out: str | Path = "_build/html",
     """
     executed, out, root = Path(executed).resolve(), Path(out).resolve(), Path(root).resolve()
     notebooks = {Path(EXECUTED, path.name): path for path in executed_notebooks(root / "_toc.yml", executed)}
-    files = [root / "_config.yml", root / "_toc.yml", *root.glob("*.md"), *(root / "book").rglob("*")]
+    files = [root / name for name in ("_config.yml", "_toc.yml", "CITATION.cff")]
+    files += [*root.glob("*.md"), *(root / "book").rglob("*")]
     files += [*root.glob("benchmarks/*.json"), *root.glob("results/*/*/run.json")]
     files += root.glob("results/*/09_cold_start/*.csv")
     sources = {path.relative_to(root): path for path in files if path.is_file()}
@@ -55,7 +56,10 @@ def build_book(executed: str | Path = EXECUTED, out: str | Path = "_build/html",
         stage = Path(scratch) / "source"
         for name, path in sources.items():
             (stage / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, stage / name)
+            if name in notebooks:
+                (stage / name).write_text(folded(path.read_text(encoding="utf-8")), encoding="utf-8")
+            else:
+                shutil.copy2(path, stage / name)
         html = _jupyter_book(stage)
         (html / KEY_FILE).write_text(key, encoding="utf-8")
         if out.exists():
@@ -90,6 +94,16 @@ def notebook_faults(path: Path) -> list[str]:
             found = [f"papermill left it {run.get('status', 'with an exception')}"]
         faults += [f"{path.stem}, cell {number}: {fault}" for fault in found]
     return faults
+
+
+def folded(notebook: str) -> str:
+    """The JSON of a notebook whose code opens with a click on its page; its parameters stay in sight."""
+    content = json.loads(notebook)
+    for cell in content["cells"]:
+        tags = cell["metadata"].get("tags", [])
+        if cell["cell_type"] == "code" and not {"parameters", "hide-input"} & set(tags):
+            cell["metadata"]["tags"] = [*tags, "hide-input"]
+    return json.dumps(content)
 
 
 def _jupyter_book(stage: Path) -> Path:

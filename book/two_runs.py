@@ -13,9 +13,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 ROW = ["dataset", "protocol", "method", "family", "seed", "metric", "k"]
+COMPARISON = [
+    "family",
+    "use",
+    "scope",
+    "variant",
+    "comparison",
+    "protocol",
+    "a",
+    "b",
+    "metric",
+]  # those that a table has
 TOLERANCE = 0.005  # of a metric between 0 and 1; one that is not is compared in relation to its size
 
 
@@ -25,8 +37,35 @@ def differences(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     return both.assign(off=(both["value"] - both["value_other"]).abs() / both["value"].abs().clip(lower=1.0))
 
 
+def mean_ndcg(table: pd.DataFrame) -> dict[str, Any] | None:
+    """Where the mean NDCG@10 of a method, over the seeds that both runs have, differs most; None if no row says it."""
+    rows = table[(table["metric"] == "ndcg") & (table["k"] == 10)].dropna(subset="off")
+    if rows.empty:
+        return None
+    means = rows.groupby(["protocol", "method"])[["value", "value_other"]].mean()
+    off = (means["value"] - means["value_other"]).abs()
+    protocol, method = worst = off.idxmax()
+    return {"off": float(off[worst]), "where": f"{method}, {protocol}", "values": means.loc[worst].tolist()}
+
+
+def verdicts(first: Path, second: Path) -> dict[str, Any] | None:
+    """Comparisons of both ``comparisons.csv`` that are significant in one run alone, or in the other direction; None without tables."""
+    tables = [folder / "comparisons.csv" for folder in (first, second)]
+    if not all(table.is_file() for table in tables):
+        return None
+    one, other = map(pd.read_csv, tables)
+    names = [name for name in COMPARISON if name in one and name in other]
+    both = one.merge(other, on=names, suffixes=("", "_other"))
+    said = [np.sign(both[f"difference{run}"]) * both[f"significant{run}"].astype(bool) for run in ("", "_other")]
+    changed = both.loc[said[0] != said[1], [name for name in names if name not in ("protocol", "a", "b", "metric")]]
+    return {"shared": len(both), "changed": [", ".join(map(str, row)) for row in changed.to_numpy()]}
+
+
 def compared(first: Path, second: Path) -> dict[str, Any]:
-    """One chapter of two runs, from its two folders of tables: both runs' day and processor, and where they differ most."""
+    """One chapter of two runs, from its two folders of tables: both runs' day and processor, and where they differ most.
+
+    `off` is of any metric, `mean_ndcg` of NDCG@10 averaged over seeds, `verdicts` counts comparisons that came out otherwise.
+    """
     table = differences(*(pd.read_csv(folder / "metrics.csv") for folder in (first, second)))
     worst, facts = table.loc[table["off"].fillna(-1).idxmax()], {}
     for name, folder in (("first", first), ("second", second)):
@@ -42,16 +81,22 @@ def compared(first: Path, second: Path) -> dict[str, Any]:
         "off": float(worst["off"]),
         "where": where,
         "values": values,
+        "mean_ndcg": mean_ndcg(table),
+        "verdicts": verdicts(first, second),
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
+def argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", help="folder of one run's tables")
     parser.add_argument("second", help="folder of the other run's tables")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="largest difference (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="also write what was found to this JSON file")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = argument_parser().parse_args(arguments)
     first, second = (
         {path.parent.relative_to(top).as_posix(): path.parent for path in Path(top).glob("*/*/metrics.csv")}
         for top in (options.first, options.second)
@@ -71,6 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
         wrong += not fine
         said = f"{chapter}: {'agrees' if fine else 'DIFFERS'}, {one['rows']} rows, {one['lacking']} in one run alone"
         print(f"{said}, largest {one['off']:.2e} ({one['where']}: {one['values'][0]:.6f} and {one['values'][1]:.6f})")
+        if one["verdicts"] and one["verdicts"]["changed"]:
+            print(f"  verdicts that changed: {'; '.join(one['verdicts']['changed'])}")
     if options.out:
         options.out.write_text(json.dumps({"tolerance": options.tolerance, "chapters": found}, indent=1) + "\n")
     return int(wrong > 0)

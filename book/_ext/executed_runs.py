@@ -3,7 +3,7 @@
 In Markdown: ``{{ run.fusion.best_id_ndcg }}`` is what chapter 06_fusion glued under that name; the directives are
 ``run-figure``, ``run-settings``, ``run-status``, ``run-elsewhere``, ``cold-table`` and ``two-runs``. A name that no chapter glued
 is a warning, so it stops the build.
-``benchmark-table`` and ``benchmark-growth`` show what `make bench` measured, ``scale-table`` what
+``benchmark-table``, ``benchmark-users`` and ``benchmark-growth`` show what `make bench` measured, ``scale-table`` what
 ``python -m benchmarks.scale`` did, ``soak-table`` what `make soak` saw, ``gpu-table`` and ``gpu-whole`` what
 ``python -m benchmarks.gpu`` did, ``whole-model`` and ``whole-answer`` what ``python -m benchmarks.whole`` found.
 """
@@ -16,6 +16,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from datetime import datetime
@@ -36,7 +37,7 @@ MATHJAX_PACKAGE, MATHJAX_FILE = "sphinx-mathjax-offline", "tex-svg-full.js"
 JUPYTERLAB = "http://localhost:8888/lab/tree/{}"
 COLAB = "https://colab.research.google.com/github/{}/blob/{}/{}"
 NOT_RECORDED = "not recorded"
-PLACES = ("dataset", "data_dir", "results_dir", "protocol")  # parameters that say where, and no scale
+PLACES = ("dataset", "data_dir", "results_dir")  # parameters that say where, and no scale
 
 
 def notebooks(source: Path) -> dict[str, dict[str, Any]]:
@@ -263,33 +264,130 @@ class TwoRuns(_FromRuns):
                 f"{(_day(one[run]['started']))[:10]}, {one[run]['cpu'] or NOT_RECORDED}" for run in ("first", "second")
             ]
             counts = [f"{one['rows'] - one['lacking']:,}", f"{one['lacking']:,}"]
-            rows.append([chapter.replace("/", " "), *runs, *counts, f"{one['off']:.5f}" if one["off"] else "0"])
-            if one["off"]:
-                places.append(f"- {chapter}: {one['where']}: {' and '.join(f'{value:.4g}' for value in one['values'])}")
-        header = ["chapter", "run before", "this run", "values of both", "of one alone", "largest difference"]
+            # What an older `make agree --out` wrote has neither of the two.
+            mean, verdicts = one.get("mean_ndcg"), one.get("verdicts")
+            rows.append([chapter.replace("/", " "), *_changes(one, mean, verdicts), *counts, *runs])
+            for name, worst in (("a mean NDCG@10", mean), ("any metric", one)):
+                if worst and worst["off"]:
+                    values = " and ".join(f"{value:.4g}" for value in worst["values"])
+                    places.append(f"- {chapter}, {name}: {worst['where']}: {values}")
+            places += [f"- {chapter}, another verdict: {name}" for name in (verdicts or {}).get("changed", [])]
+        header = ["chapter", "largest difference of a mean NDCG@10", "verdicts that changed"]
+        header += ["largest difference of any metric", "values of both", "of one alone", "run before", "this run"]
         return self.markdown("\n".join([_table(header, rows), *places, "````"]))
 
 
+def _changes(one: dict[str, Any], mean: dict[str, Any] | None, verdicts: dict[str, Any] | None) -> list[str]:
+    """How much a mean NDCG@10 differs, how many verdicts, and how much any metric, with that metric's name."""
+    ndcg = (
+        NOT_RECORDED
+        if "mean_ndcg" not in one
+        else "–"
+        if mean is None
+        else f"{mean['off']:.5f}"
+        if mean["off"]
+        else "0"
+    )
+    said = NOT_RECORDED if "verdicts" not in one else "–"
+    said = said if verdicts is None else f"{len(verdicts['changed'])} of {verdicts['shared']}"
+    metric = one["where"].split(", ")[-2]
+    size = (
+        f"{100 * one['off']:.1f}\u00a0%" if abs(one["values"][0]) > 1 else f"{one['off']:.5f}"
+    )  # as two_runs.py has it
+    return [ndcg, said, f"{metric}: {size}" if one["off"] else "0"]
+
+
 class BenchmarkTable(_FromRuns):
-    """``benchmark-table``: each claim of `make bench` beside its peer, and the machines that it was measured on."""
+    """``benchmark-table``: each claim of `make bench` beside its peer, with what differs, and the machines it was measured on.
+
+    Below it, what explains a missed aim: the ratio that would be left if the matrix products alone took time, at their best rate.
+    """
+
+    # What `error` of a row is, by the beginning of its name; a row may name it itself, as `what`.
+    differs = {
+        "likelihood": "nats of a title's log probability",
+        "encoding": "1 − cosine",
+        "compressed": "of NDCG@10 lost",
+        "full-ranking": "of a metric",
+        "sasrec": "of the number of predicted events",
+    }
+    aims = {
+        "likelihood over the vocabulary": 60,
+        "encoding, float32": 6,
+        "encoding, bfloat16": 10,
+        "full-ranking evaluation": 5,
+        "sasrec epoch": 40,
+    }
 
     def run(self) -> list[nodes.Node]:
         measured = [row for row in self.benchmarks() if "factor" not in row]
         rows = [
             [
                 row["name"],
-                f"{row['ours']:.3g}",
-                f"{row['peer']:.3g}",
-                row["unit"],
                 f"**{row['ratio']:.1f} ×**",
-                f"{row['error']:.0e}" if row["error"] else "0",
+                f"{aim} ×" if (aim := self._named(self.aims, row)) else "–",
+                f"{ceiling:.1f} ×" if (ceiling := self._ceiling(row)) else "–",
+                self._difference(row),
+                *(f"{row[who]:,.0f}" if row[who] >= 1000 else f"{row[who]:.3g}" for who in ("ours", "peer")),
+                row["unit"],
                 f"{100 * row['roof_share']:.0f} %" if "roof_share" in row else "–",
             ]
             for row in measured
         ]
-        header = ["what", "ours", "peer", "unit", "faster", "largest difference", "of the GEMM roof"]
+        header = ["what", "faster", "aim", "faster at the roof", "difference (of what)", "ours", "peer", "unit"]
+        table = _table([*header, "of the GEMM roof"], rows)
         machines = "; ".join(sorted({_machine(row["machine"]) for row in measured}))
-        return self.markdown(f"{_table(header, rows)}\n*Measured on:* {machines}.")
+        missed = [line for row in measured if (line := self._missed(row))]
+        slower = [row["name"] for row in measured if row["ratio"] < 1]
+        missed += [f"- **Slower than the peer:** {', '.join(slower)}."] if slower else []
+        return self.markdown("\n".join([table, *missed, "", f"*Measured on:* {machines}."]))
+
+    @staticmethod
+    def _named(table: dict[str, Any], row: dict[str, Any]) -> Any:
+        return next((found for name, found in table.items() if row["name"].startswith(name)), None)
+
+    def _difference(self, row: dict[str, Any]) -> str:
+        what = row.get("what") or self._named(self.differs, row)
+        size = "0" if not row["error"] else f"{row['error']:.{'1g' if row['error'] >= 0.001 else '0e'}}"
+        return f"{size} ({what})" if what else size
+
+    @staticmethod
+    def _ceiling(row: dict[str, Any]) -> float | None:
+        return row.get("ratio_at_floor") or (row["ratio"] / row["roof_share"] if "roof_share" in row else None)
+
+    def _missed(self, row: dict[str, Any]) -> str | None:
+        aim, ceiling = self._named(self.aims, row), self._ceiling(row)
+        if not aim or row["ratio"] >= aim:
+            return None
+        why = "; why was not measured"
+        if ceiling:
+            within = "so the aim is out of reach here" if ceiling < aim else "so this program leaves a part unused"
+            why = f": its matrix products alone, at the best rate of these cores, would give {ceiling:.1f}\u00a0×, {within}"
+        return f"- **Missed:** {row['name']} was to be {aim}\u00a0× as fast, and is {row['ratio']:.1f}\u00a0×{why}."
+
+
+class BenchmarkUsers(_FromRuns):
+    """``benchmark-users``: minutes to score the catalogue for all users by likelihood, at the measured seconds per user."""
+
+    def run(self) -> list[nodes.Node]:
+        measured = {row["name"]: row for row in self.benchmarks()}
+        # The benchmark of the evaluation names in its unit how many users the data set has.
+        users = int(re.search(r"(\d+) users", measured["full-ranking evaluation"]["unit"])[1])
+        rows = [
+            [name, *(f"{users * row[who] / 60:,.0f}" for who in ("ours", "peer")), _machine(row["machine"]), _amx(row)]
+            for name, row in measured.items()
+            if row["unit"] == "seconds per user"
+        ]
+        header = ["what", "ours, minutes", "peer, minutes", "machine", "AMX"]
+        return self.markdown(
+            f"All {users} users of ml-100k, computed from the seconds per user above:\n\n{_table(header, rows)}"
+        )
+
+
+def _amx(row: dict[str, Any]) -> str:
+    """Whether the processor multiplies bfloat16 tiles in hardware (Intel's AMX); processors of AMD do not."""
+    known = row["machine"].get("amx", False if row["machine"].get("cpu", "").startswith("AMD") else None)
+    return {True: "yes", False: "no", None: NOT_RECORDED}[known]
 
 
 class BenchmarkGrowth(_FromRuns):
@@ -608,6 +706,7 @@ def setup(app: Any) -> dict[str, bool]:
     app.add_directive("two-runs", TwoRuns)
     app.add_directive("whole-answer", WholeAnswer)
     app.add_directive("benchmark-table", BenchmarkTable)
+    app.add_directive("benchmark-users", BenchmarkUsers)
     app.add_directive("benchmark-growth", BenchmarkGrowth)
     app.add_directive("scale-table", ScaleTable)
     app.add_directive("soak-table", SoakTable)

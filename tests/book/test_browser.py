@@ -11,6 +11,8 @@ import threading
 import urllib.request
 from pathlib import Path
 
+import nbformat
+import pandas as pd
 import pytest
 import websocket
 import yaml
@@ -22,12 +24,15 @@ TOC = yaml.safe_load((ROOT / "_toc.yml").read_text())
 PAGES = [TOC["root"], *(chapter["file"] for part in TOC["parts"] for chapter in part["chapters"])]
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
 FLAGS += ["--no-first-run", "--hide-scrollbars", "--remote-debugging-port=0", "--remote-allow-origins=*", "about:blank"]
+LOOKS = [(width, theme) for width in (1280, 390) for theme in ("light", "dark")]
+ATTACKS = ["<script>window.attacked = 1</script>", '<img src="x.png" onerror="window.attacked = 1">']
 LOOK = """(() => ({
+    attacked: window.attacked ?? null,
     text: document.body.innerText,
     dark: document.documentElement.dataset.theme,
     too_wide: [...document.querySelectorAll("main *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1
         && !e.closest("#pst-secondary-sidebar, #pst-primary-sidebar, .cell_output, .pst-scrollable-table-container")
-        && !e.closest("pre, mjx-container, .output, div.math, .highlight"))
+        && !e.closest("pre, mjx-container, .output, div.math, .highlight, a.full-size"))
         .map(e => e.outerHTML.slice(0, 120)).slice(0, 3),
     page_width: document.documentElement.scrollWidth - innerWidth,
     images: [...document.images].map(i => [i.getAttribute("src"), i.alt, i.naturalWidth]),
@@ -105,8 +110,18 @@ class _Silent(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """Address of the published book, built from what is committed."""
-    html = build_book(ROOT / "book/executed", tmp_path_factory.mktemp("published") / "html", ROOT).parent
+    """Address of the published book, built from what is committed; chapter 01 shows hostile titles at its end, as notebooks show titles."""
+    folder = tmp_path_factory.mktemp("published")
+    shutil.copytree(ROOT / "book/executed", folder / "executed")
+    chapter = nbformat.read(folder / "executed/01_data.ipynb", 4)
+    table = pd.DataFrame({"title": ATTACKS})
+    shown = [
+        nbformat.v4.new_output("stream", name="stdout", text="\n".join(ATTACKS)),
+        nbformat.v4.new_output("display_data", data={"text/html": table.to_html(), "text/plain": repr(table)}),
+    ]
+    chapter.cells.append(nbformat.v4.new_code_cell("titles", outputs=shown))
+    nbformat.write(chapter, folder / "executed/01_data.ipynb")
+    html = build_book(folder / "executed", folder / "html", ROOT).parent
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Silent, directory=html))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -126,7 +141,7 @@ def browser(tmp_path_factory):
 def test_every_page_looks_right(site, browser):
     faults, links, ids = [], {}, {}
     for page in PAGES:
-        for width, theme in ((1280, "light"), (390, "dark")):
+        for width, theme in LOOKS:
             where, seen = f"{page} at {width}, {theme}", browser.show(f"{site}/{page}.html", width, theme)
             faults += [f"{where}: {fault}" for fault in seen["faults"]]
             faults += [f"{where}: wider than the window: {part}" for part in seen["too_wide"]]
@@ -149,3 +164,13 @@ def test_every_page_looks_right(site, browser):
                 continue
             faults.append(f"{page}: broken link {link}")
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.slow
+def test_a_script_in_a_title_does_not_run(site, browser):
+    assert (
+        browser.show(f"data:text/html,{ATTACKS[0]}", 1280, "light")["attacked"] == 1
+    )  # where nothing is escaped, it does
+    seen = browser.show(f"{site}/book/executed/01_data.html", 1280, "light")
+    assert seen["attacked"] is None
+    assert all(seen["text"].count(attack) == 2 for attack in ATTACKS)
