@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from benchmarks import compression, encoding, evaluation, growth, likelihood, sasrec
 from llmrec_lib.cache import atomic_write
 from llmrec_lib.study.provenance import machine
@@ -29,7 +31,9 @@ def main(names: list[str]) -> int:
     results = {row["name"]: row for row in json.loads(path.read_text())} if path.exists() else {}
     for name in names or BENCHMARKS:
         for row in BENCHMARKS[name]():
-            results[row["name"]] = row | {"machine": machine()}
+            results[row["name"]] = row | {
+                "machine": machine() | {"amx": getattr(torch.cpu, "_is_amx_tile_supported", bool)()}
+            }
             print(
                 "{name}: {ours:.4g} against {peer:.4g} {unit}, ratio {ratio:.1f}, same output: {same_output}, error {error:.1e}".format(
                     **row

@@ -69,7 +69,9 @@ def stand_in(name):
         outputs += [glue_output("verdict", {"text/plain": repr(VERDICT)})]
         image = {"image/png": PNG, "text/plain": "<Figure size 1x1 with 1 Axes>"}
         outputs += [glue_output(name, image) for name in ("attack_figure", "cost_figure", "help_figure")]
-        outputs += [glue_output("help_table", {"text/plain": repr("| setting | text |\n| --- | --- |\n| stand-in | +1% |")})]
+        outputs += [
+            glue_output("help_table", {"text/plain": repr("| setting | text |\n| --- | --- |\n| stand-in | +1% |")})
+        ]
     cells = [
         nbformat.v4.new_markdown_cell(f"# {name[3:]}\n\nA formula: $x_i = \\sum_j S_{{ij}}$"),
         nbformat.v4.new_code_cell("seeds = 2", metadata={"tags": ["parameters"]}),

@@ -189,6 +189,32 @@ def test_nothing_overtakes_the_candidates(parts):
             assert torch.equal(ranking(fused)[:, :n].sort().values, ranking(first)[:, :n].sort().values)
 
 
+@pytest.mark.parametrize(
+    "transform", [lambda scores: 1e4 * scores, lambda scores: scores - 70, lambda scores: 0.02 * scores + 3]
+)
+def test_scales_do_not_matter_to_a_sequence_or_a_learned_fusion(parts, transform):
+    def fused(first, second):
+        pair = [arm(parts, 1, transform=first), arm(parts, 2, transform=second)]
+        learned = LearnedFusion(pair, gated=False, rule="z", name="learned")
+        return ranking(SequentialFusion(pair, n_candidates=7, weights=0.7)), ranking(learned)
+
+    plain = fused(lambda scores: scores, lambda scores: scores)
+    for other in (fused(transform, lambda scores: scores), fused(lambda scores: scores, transform)):
+        assert all(torch.equal(one, another) for one, another in zip(plain, other, strict=True))
+
+
+def test_a_re_ranker_that_likes_an_item_more_never_moves_it_down(parts):
+    first, second = arm(parts, 1), arm(parts, 2)
+    fused = SequentialFusion([first, second], n_candidates=7, weights=0.7)
+    places = ranking(fused)
+    for row, user in enumerate(USERS.tolist()):
+        for item in places[row, [1, 4, 6, 9]].tolist():
+            liked = second.table.clone()
+            liked[user, item] += 0.3
+            more = ranking(SequentialFusion([first, Table(parts, liked)], n_candidates=7, weights=0.7))[row]
+            assert more.tolist().index(item) <= places[row].tolist().index(item)
+
+
 def test_users_with_few_unseen_items_are_ranked_too(parts):
     """More candidates than unseen items: the seen ones among them must not disturb the rest."""
     first, second = arm(parts, 1), arm(parts, 2)

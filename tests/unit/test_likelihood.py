@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from llmrec_lib.language_models import catalog
 from llmrec_lib.language_models import likelihood as likelihood_module
 from llmrec_lib.language_models.likelihood import TitleLikelihood, _ancestor_mask, _Tree, naive_log_likelihood
+from llmrec_lib.llm_based import TitleLikelihoodRecommender, catalogue_likelihood
 from tests.unit.tiny_models import tiny_llama, tiny_tokenizer
 
 TITLES = [
@@ -260,3 +261,19 @@ def test_smollm2_tree_equals_naive_loop(smollm2):
     scores, reference = scorer.log_likelihood(prompt), naive_log_likelihood(scorer, prompt)
     torch.testing.assert_close(scores, reference, atol=2e-4, rtol=0)
     assert scores[0] == scores[8]
+
+
+def test_rules_of_the_recommender_by_hand(checkerboard_split):
+    """Sum, mean over a title's tokens, and what the history adds to the title's own likelihood."""
+    parts, users = checkerboard_split, torch.tensor([1, 5, 9])
+    scorer = catalogue_likelihood(parts, (tiny_llama(), tiny_tokenizer()), dtype="float32")
+
+    def scores(**rule):
+        return TitleLikelihoodRecommender(parts, scorer, progress=False, **rule).score(users)[:, 1:]
+
+    for over in ("vocabulary", "catalogue"):
+        sums, alone = scores(over=over), scorer.log_likelihood("", over)
+        tokens = torch.tensor([len(tokens) for tokens in scorer.title_tokens])
+        torch.testing.assert_close(scores(rule="mean", over=over), sums / tokens)
+        corrected = scores(rule="prior_corrected", prior_weight=0.5, over=over)
+        torch.testing.assert_close(corrected, sums - 0.5 * alone, atol=1e-4, rtol=0)

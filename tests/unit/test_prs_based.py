@@ -8,6 +8,7 @@ import torch
 
 from llmrec_lib.baselines import keep_neighbours
 from llmrec_lib.evaluation.evaluate import mask_seen, tie_order, top_k
+from llmrec_lib.language_models.encoder import Whitening
 from llmrec_lib.prompts import StatedNeeds
 from llmrec_lib.prs_based import (
     NeedFilter,
@@ -112,6 +113,24 @@ def test_items_are_embedded_from_their_texts(checkerboard_split):
     assert whitening is None
     assert encoder.read == checkerboard_split.dataset.item_text
     assert embeddings.shape == (17, 5)
+
+
+def test_whitening_is_learned_from_items_of_training_alone(checkerboard_split):
+    """Whatever is written about the others, the space stays the same."""
+
+    class Drawn:
+        """Each text its own vector."""
+
+        def encode(self, texts, progress=False):
+            return torch.stack([torch.randn(4, generator=torch.Generator().manual_seed(hash(text))) for text in texts])
+
+    parts, known = checkerboard_split, checkerboard_split.item_counts > 0
+    assert (~known).sum() > 0  # PAD at least
+    raw = Drawn().encode(parts.dataset.item_text)
+    white, whitening = embed_items(parts, Drawn())
+    assert torch.equal(whitening.mean, raw[known].double().mean(0))
+    assert not torch.equal(whitening.mean, raw.double().mean(0))
+    assert torch.equal(white, Whitening().fit(raw[known]).transform(raw))
 
 
 def test_users_are_embedded_from_what_the_phase_knows(checkerboard_split):
