@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from benchmarks import seconds_of
 from llmrec_lib.datasets import load_dataset
 from llmrec_lib.language_models.finetune import gemm_rate
-from llmrec_lib.language_models.likelihood import TitleLikelihood, naive_log_likelihood
+from llmrec_lib.language_models.likelihood import TitleLikelihood, _padded_scores, followers
 from llmrec_lib.llm_based import catalogue_likelihood
 from llmrec_lib.prompts import user_prompts
 from llmrec_lib.splits import split
@@ -35,7 +35,9 @@ def measure(llm: str = "smollm2-135m", repeats: int = 3) -> list[dict]:
     reference, peer = {}, {}
     for over in ("vocabulary", "catalogue"):
         start = time.perf_counter()
-        reference[over] = naive_log_likelihood(exact, prompt, rows=sample, batch_size=64, over=over)
+        allowed = followers(exact.title_tokens) if over == "catalogue" else None
+        titles = [exact.title_tokens[row] for row in sample]
+        reference[over] = _padded_scores(exact, exact.prompt_tokens(prompt), titles, 64, allowed)
         peer[over] = (time.perf_counter() - start) * len(exact.titles) / len(sample)
     rows = []
     for dtype in ("float32", "bfloat16"):
