@@ -27,7 +27,7 @@ from llmrec_lib.prompts import user_prompts
 from llmrec_lib.prs_based import embed_items, text_similarity
 from llmrec_lib.splits import Split, split
 
-ENCODERS = ("int8", "int4-weights", "layers3+int8", "layers3+neurons50+int8", "layers2+int8")
+ENCODERS = ("int8", "int4-weights", "layers3+int8", "layers3+neurons50+int8", "layers2+int8", "layers2+bfloat16")
 LLMS = ("int8", "int4-weights")
 WEIGHTS = (0.05, 0.1, 0.2, 0.5)  # of the text beside EASE, chosen on validation with float32
 LLM_USERS = 40
@@ -44,7 +44,9 @@ def measure(encoder: str = "minilm", llm: str = "smollm2-135m", repeats: int = 5
 
 def _encoders(parts: Split, name: str, repeats: int) -> list[dict]:
     models = {"": TextEncoder(name, dtype="float32")}
-    models |= {recipe: TextEncoder(f"{name}@{recipe}", dtype="float32") for recipe in ENCODERS}
+    for recipe in ENCODERS:  # bfloat16 is a dtype, all else is part of a model's name
+        kept = recipe.removesuffix("+bfloat16")
+        models[recipe] = TextEncoder(f"{name}@{kept}", dtype="float32" if kept == recipe else "bfloat16")
     texts = list(dict.fromkeys(parts.dataset.item_text))
     work = {recipe: lambda one=one: one._embed(one._tokenize(texts), progress=False) for recipe, one in models.items()}
     seconds = _taking_turns(work, repeats)
