@@ -13,21 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
+from llmrec_lib.evaluation.statistics import direction
+
 ROW = ["dataset", "protocol", "method", "family", "seed", "metric", "k"]
-COMPARISON = [
-    "family",
-    "use",
-    "scope",
-    "variant",
-    "comparison",
-    "protocol",
-    "a",
-    "b",
-    "metric",
-]  # those that a table has
+NAMES = ["family", "use", "scope", "variant", "comparison"]  # of a comparison: those that a table has
+COMPARISON = [*NAMES, "protocol", "a", "b", "metric"]
 TOLERANCE = 0.005  # of a metric between 0 and 1; one that is not is compared in relation to its size
 
 
@@ -53,11 +45,10 @@ def verdicts(first: Path, second: Path) -> dict[str, Any] | None:
     tables = [folder / "comparisons.csv" for folder in (first, second)]
     if not all(table.is_file() for table in tables):
         return None
-    one, other = map(pd.read_csv, tables)
+    one, other = (table.assign(said=table.apply(direction, axis=1)) for table in map(pd.read_csv, tables))
     names = [name for name in COMPARISON if name in one and name in other]
     both = one.merge(other, on=names, suffixes=("", "_other"))
-    said = [np.sign(both[f"difference{run}"]) * both[f"significant{run}"].astype(bool) for run in ("", "_other")]
-    changed = both.loc[said[0] != said[1], [name for name in names if name not in ("protocol", "a", "b", "metric")]]
+    changed = both.loc[both["said"] != both["said_other"], [name for name in NAMES if name in names]]
     return {"shared": len(both), "changed": [", ".join(map(str, row)) for row in changed.to_numpy()]}
 
 

@@ -279,22 +279,12 @@ class TwoRuns(_FromRuns):
 
 def _changes(one: dict[str, Any], mean: dict[str, Any] | None, verdicts: dict[str, Any] | None) -> list[str]:
     """How much a mean NDCG@10 differs, how many verdicts, and how much any metric, with that metric's name."""
-    ndcg = (
-        NOT_RECORDED
-        if "mean_ndcg" not in one
-        else "–"
-        if mean is None
-        else f"{mean['off']:.5f}"
-        if mean["off"]
-        else "0"
-    )
-    said = NOT_RECORDED if "verdicts" not in one else "–"
-    said = said if verdicts is None else f"{len(verdicts['changed'])} of {verdicts['shared']}"
-    metric = one["where"].split(", ")[-2]
-    size = (
-        f"{100 * one['off']:.1f}\u00a0%" if abs(one["values"][0]) > 1 else f"{one['off']:.5f}"
-    )  # as two_runs.py has it
-    return [ndcg, said, f"{metric}: {size}" if one["off"] else "0"]
+    nothing = "–" if "verdicts" in one else NOT_RECORDED
+    ndcg = f"{mean['off']:.5f}".replace("0.00000", "0") if mean else nothing
+    said = f"{len(verdicts['changed'])} of {verdicts['shared']}" if verdicts else nothing
+    relative = abs(one["values"][0]) > 1  # as two_runs.py has it
+    size = f"{100 * one['off']:.1f}\u00a0%" if relative else f"{one['off']:.5f}"
+    return [ndcg, said, f"{one['where'].split(', ')[-2]}: {size}" if one["off"] else "0"]
 
 
 class BenchmarkTable(_FromRuns):
