@@ -280,7 +280,7 @@ class TwoRuns(_FromRuns):
 def _changes(one: dict[str, Any], mean: dict[str, Any] | None, verdicts: dict[str, Any] | None) -> list[str]:
     """How much a mean NDCG@10 differs, how many verdicts, and how much any metric, with that metric's name."""
     nothing = "–" if "verdicts" in one else NOT_RECORDED
-    ndcg = f"{mean['off']:.5f}".replace("0.00000", "0") if mean else nothing
+    ndcg = nothing if mean is None else f"{mean['off']:.5f}" if mean["off"] else "0"
     said = f"{len(verdicts['changed'])} of {verdicts['shared']}" if verdicts else nothing
     relative = abs(one["values"][0]) > 1  # as two_runs.py has it
     size = f"{100 * one['off']:.1f}\u00a0%" if relative else f"{one['off']:.5f}"
