@@ -80,6 +80,24 @@ def settings(notebook: dict[str, Any]) -> dict[str, Any]:
     return metadata.get("llmrec", metadata.get("papermill", {})).get("parameters", {})
 
 
+def sources_now(source: Path, chapter: str) -> dict[str, str]:
+    """The hashes in a chapter's stamp of what somebody may edit: notebook, what it imports of the library, lock."""
+    from llmrec_lib.cache import content_key, file_sha256
+    from llmrec_lib.study.provenance import library_hash
+    from llmrec_lib.study.runner import _cells
+
+    cells = _cells(source / "notebooks" / f"{chapter}.ipynb")
+    library = library_hash(used_by="\n".join(text for _, text, _ in cells))
+    return {"notebook": content_key(cells), "library": library, "lock": file_sha256(source / "requirements.lock")}
+
+
+def changed_since(source: Path, chapter: str, stamp: dict[str, Any]) -> str:
+    """Which sources of an executed chapter are others now than its stamp says."""
+    if not stamp or not (source / "notebooks" / f"{chapter}.ipynb").exists():
+        return NOT_RECORDED
+    return ", ".join(n for n, value in sources_now(source, chapter).items() if stamp.get(n) != value) or "nothing"
+
+
 class _FromRuns(SphinxDirective):
     """What the directives share: they read notebooks, and write Markdown."""
 
@@ -174,6 +192,7 @@ class RunStatus(_FromRuns):
                     _clock(papermill.get("duration")),
                     f"{memory / 1000:.1f} GB" if memory else NOT_RECORDED,
                     _machine(run.get("machine")),
+                    changed_since(Path(self.env.srcdir), name, record.get("stamp", {})),
                 ]
             )
             stamp = record.get("stamp", {})
@@ -186,7 +205,7 @@ class RunStatus(_FromRuns):
         return self.markdown(
             "\n".join(
                 [
-                    _table(["chapter", "executed (UTC)", "took", "peak memory", "machine"], rows),
+                    _table(["chapter", "executed (UTC)", "took", "peak memory", "machine", "changed since"], rows),
                     "\n**Hashes** (first 12 digits of SHA-256)\n",
                     _table(["chapter", *parts], stamps),
                     "\n**Parameters and versions**\n",

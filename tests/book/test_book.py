@@ -398,3 +398,20 @@ def test_stale_chapters_are_named_with_what_changed(monkeypatch, capsys):
     assert stale.main(strict=False) == 0
     assert stale.main(strict=True) == 1
     assert f"{CHAPTERS[0]}: up to date\n{CHAPTERS[1]}: stale (data changed)" in capsys.readouterr().out
+
+
+def test_the_status_page_names_the_sources_that_changed_since(tmp_path):
+    for place in ("notebooks/05_prs_based.ipynb", "requirements.lock"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / place, tmp_path / place)
+    notebook, lock = tmp_path / "notebooks/05_prs_based.ipynb", tmp_path / "requirements.lock"
+    said = executed_runs.sources_now(tmp_path, "05_prs_based")
+    assert executed_runs.changed_since(tmp_path, "05_prs_based", said) == "nothing"
+    lock.write_text("torch==1.0\n")
+    assert executed_runs.changed_since(tmp_path, "05_prs_based", said) == "lock"
+    cells = json.loads(notebook.read_text())
+    cells["cells"][0]["source"] = ["Another text, and no import\n"]
+    notebook.write_text(json.dumps(cells))
+    assert executed_runs.changed_since(tmp_path, "05_prs_based", said) == "notebook, lock"
+    assert executed_runs.changed_since(tmp_path, "05_prs_based", {}) == executed_runs.NOT_RECORDED
+    assert executed_runs.changed_since(tmp_path, "99_no_chapter", said) == executed_runs.NOT_RECORDED
