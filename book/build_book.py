@@ -36,15 +36,17 @@ def build_book(executed: str | Path = EXECUTED, out: str | Path = "_build/html",
     """
     executed, out, root = Path(executed).resolve(), Path(out).resolve(), Path(root).resolve()
     notebooks = {Path(EXECUTED, path.name): path for path in executed_notebooks(root / "_toc.yml", executed)}
-    files = [root / name for name in ("_config.yml", "_toc.yml", "CITATION.cff")]
+    files = [root / name for name in ("_config.yml", "_toc.yml", "CITATION.cff", "requirements.lock")]
     files += [*root.glob("*.md"), *(root / "book").rglob("*")]
     files += [*root.glob("benchmarks/*.json"), *root.glob("results/*/*/run.json")]
-    files += root.glob("results/*/09_cold_start/*.csv")
+    files += [*root.glob("results/*/09_cold_start/*.csv"), *root.glob("notebooks/*.ipynb")]
     sources = {path.relative_to(root): path for path in files if path.is_file()}
     skipped = {"executed", "__pycache__"}
     sources = {name: path for name, path in sources.items() if not skipped.intersection(name.parts)} | notebooks
-    # The API reference is made from the library's docstrings, all pages by the packages of the lock.
-    made_by = [*sorted(Path(llmrec_lib.__file__).parent.rglob("*.py")), *root.glob("requirements.lock")]
+    # The API reference is made from the library's docstrings, and its hash stands on the status page.
+    made_by = sorted(
+        p for p in Path(llmrec_lib.__file__).parent.rglob("*.*") if p.suffix in (".py", ".yaml", ".mplstyle")
+    )
     launch = [os.environ.get(name, "") for name in ("GITHUB_REPOSITORY", "GITHUB_REF_NAME")]  # where Colab finds it
     key = content_key({str(name): path for name, path in sources.items()}, made_by, launch)
     index, key_file = out / "index.html", out / KEY_FILE

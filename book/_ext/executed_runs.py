@@ -93,7 +93,8 @@ def sources_now(source: Path, chapter: str) -> dict[str, str]:
 
 def changed_since(source: Path, chapter: str, stamp: dict[str, Any]) -> str:
     """Which sources of an executed chapter are others now than its stamp says."""
-    if not stamp or not (source / "notebooks" / f"{chapter}.ipynb").exists():
+    needed = source / "notebooks" / f"{chapter}.ipynb", source / "requirements.lock"
+    if not stamp or not all(path.exists() for path in needed):
         return NOT_RECORDED
     return ", ".join(n for n, value in sources_now(source, chapter).items() if stamp.get(n) != value) or "nothing"
 
