@@ -1,7 +1,6 @@
 """One epoch of SASRec with a loss at every position of a window, against RecBole's own: each prefix of a history is a row.
 
-``python -m benchmarks.sasrec`` trains both to the end (an hour or more) and compares what they recommend, into
-``benchmarks/sasrec.json``.
+``python -m benchmarks.sasrec`` trains both to the end and compares what they recommend, into ``benchmarks/sasrec.json``.
 """
 
 from __future__ import annotations
@@ -81,7 +80,10 @@ def _recbole_epoch() -> tuple[float, int]:
 
 
 def prefixes(split: Split, max_length: int, augmentation: Augmentation | None = None, seed: int = 0) -> pd.DataFrame:
-    """Training rows as RecBole makes them: each event of a history but the first, with up to `max_length` before it."""
+    """Training rows as RecBole makes them: each event of a history but the first, with up to `max_length` before it.
+
+    In the place of `_recbole.windows`. Targets at each position have a column there; RecBole's own loss does not read it.
+    """
     rows = []
     for user, events in enumerate(split.histories(range(split.dataset.n_users), "train")):
         for end in range(1, len(events)):
