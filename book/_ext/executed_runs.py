@@ -189,11 +189,11 @@ class RunStatus(_FromRuns):
             rows.append(
                 [
                     f"{{doc}}`/{EXECUTED}/{name}`",
+                    changed_since(Path(self.env.srcdir), name, record.get("stamp", {})),
                     _day(papermill.get("start_time")),
                     _clock(papermill.get("duration")),
                     f"{memory / 1000:.1f} GB" if memory else NOT_RECORDED,
                     _machine(run.get("machine")),
-                    changed_since(Path(self.env.srcdir), name, record.get("stamp", {})),
                 ]
             )
             stamp = record.get("stamp", {})
@@ -206,7 +206,7 @@ class RunStatus(_FromRuns):
         return self.markdown(
             "\n".join(
                 [
-                    _table(["chapter", "executed (UTC)", "took", "peak memory", "machine", "changed since"], rows),
+                    _table(["chapter", "changed since", "executed (UTC)", "took", "peak memory", "machine"], rows),
                     "\n**Hashes** (first 12 digits of SHA-256)\n",
                     _table(["chapter", *parts], stamps),
                     "\n**Parameters and versions**\n",
