@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from llmrec_lib import _recbole, baselines
-from llmrec_lib.baselines import BASELINES, tfidf_similarity, train
+from llmrec_lib.baselines import BASELINES, Baseline, tfidf_similarity, train
 from llmrec_lib.splits import split
 from tests.contract.test_recommenders import item_embeddings
 
@@ -40,6 +41,29 @@ def test_the_table_names_kinds_and_sources():
     assert all(entry.source for entry in BASELINES.values())
     known = _recbole.model_names()
     assert all(entry.recbole_model in known for entry in BASELINES.values() if entry.recbole_model)
+
+
+@pytest.mark.parametrize("name, fixed", [("bpr", {}), ("sasrec", {"eval_step": 1})])
+def test_an_own_version_of_a_model_can_be_entered_in_the_table(own_cache, monkeypatch, checkerboard_split, name, fixed):
+    """As chapter 06 does: vectors that start elsewhere, of a class with RecBole's name, whose settings RecBole then finds."""
+    usual = train(name, checkerboard_split, progress=False, epochs=1, learning_rate=1e-12, **fixed)
+    base, start = _recbole._model_class(BASELINES[name].recbole_model, False), usual.model.item_embedding.weight + 3.0
+
+    def begin(model, *given):
+        base.__init__(model, *given)
+        model.item_embedding.weight.data.copy_(start)
+
+    own = dataclasses.replace(BASELINES[name], recbole_model=type(base.__name__, (base,), {"__init__": begin}))
+    monkeypatch.setitem(BASELINES, "own", own)
+    for _ in range(2):  # trained, and read back
+        found = train("own", checkerboard_split, progress=False, epochs=1, learning_rate=1e-12, **fixed)
+        assert torch.allclose(found.model.item_embedding.weight[1:], start[1:], atol=1e-6)
+
+
+def test_another_model_of_recbole_can_be_entered_in_the_table(own_cache, monkeypatch, checkerboard_split):
+    monkeypatch.setitem(BASELINES, "simplex", Baseline("collaborative", "SimpleX", {"epochs": 2}, "Mao et al. 2021"))
+    scores = train("simplex", checkerboard_split, progress=False).score(USERS)
+    assert scores.shape == (len(USERS), checkerboard_split.dataset.n_items) and scores[:, 1:].std() > 0
 
 
 def test_the_same_is_trained_once(fits, checkerboard_split, checkerboard):
