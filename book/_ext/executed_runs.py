@@ -246,30 +246,32 @@ class ColdTable(_FromRuns):
     """``cold-table``: unseen targets among unseen items on each data set that chapter 09 was run on, from its tables."""
 
     scope = "unseen targets among unseen items"
-    systems = ("chance", "ID only", "ID + shuffled text", "ID + words", "ID + untrained encoder", "ID + text")
+    ranked = {scope: "only new items ranked", "unseen targets": "all items ranked"}
+    systems = ("chance", "ID + words", "ID + untrained encoder", "ID + text")
 
     def run(self) -> list[nodes.Node]:
-        columns, sentences = [["", "users", "seeds", *self.systems]], []
+        columns, sentences = [["", "users", "new items", "seeds", *self.systems]], []
         for folder in sorted(path.parent for path in Path(self.env.srcdir).glob("results/*/09_cold_start/run.json")):
-            paths = [folder / f"{name}.csv" for name in ("scopes", "comparisons", "metrics")]
+            paths = [folder / f"{name}.csv" for name in ("scopes", "comparisons", "metrics", "facts")]
             for path in paths:
                 self.env.note_dependency(str(path))
-            values, compared, metrics = map(pd.read_csv, paths)
-            values, compared = (table[table["scope"] == self.scope] for table in (values, compared))
+            values, comparisons, metrics, facts = map(pd.read_csv, paths)
+            values, compared = (table[table["scope"] == self.scope] for table in (values, comparisons))
             if compared.empty:
                 continue
             values, name = values.set_index("method"), folder.parent.name
+            new = facts.set_index("fact")["value"]["unseen items"]
             means = [f"{values.loc[method].value:.4f}" if method in values.index else "–" for method in self.systems]
             run = json.loads((folder / "run.json").read_text(encoding="utf-8"))["parameters"]
             setting = f"{name}, {metrics['protocol'].iloc[0].replace('_', ' ')}"
-            columns.append([setting, compared["n_users"].iloc[0], run["seeds"], *means])
-            rivals = compared["comparison"].str.removeprefix("over ")
-            sides = {1: "is better than", -1: "is worse than", 0: "is not shown to differ from"}
-            signs = compared["difference"].apply(np.sign).where(compared["significant"], 0)
-            found = [
-                f"{word} {', '.join(rivals[signs == sign])}" for sign, word in sides.items() if (signs == sign).any()
-            ]
-            sentences.append(f"- {name}: ID + text {'; '.join(found)}.")
+            columns.append([setting, compared["n_users"].iloc[0], new, run["seeds"], *means])
+            for scope, ranked in self.ranked.items():
+                rows = comparisons[comparisons["scope"] == scope]
+                rivals = rows["comparison"].str.removeprefix("over ")
+                sides = {1: "is better than", -1: "is worse than", 0: "is not shown to differ from"}
+                signs = rows["difference"].apply(np.sign).where(rows["significant"], 0)
+                found = [f"{word} {', '.join(rivals[signs == s])}" for s, word in sides.items() if (signs == s).any()]
+                sentences.append(f"- {name}, {ranked}: ID + text {'; '.join(found)}.")
         header, *rows = zip(*columns, strict=True)
         return self.markdown("\n".join([_table(header, rows), *sentences]) if sentences else "None was run.")
 
