@@ -23,12 +23,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from docutils import nodes
 from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
 from sphinx.util.docutils import SphinxDirective
+
+from llmrec_lib.evaluation.statistics import direction
 
 EXECUTED, BENCHMARKS = "book/executed", "benchmarks/results.json"
 PREFIX = "application/papermill.record/"  # myst_nb.glue(..., display=False) puts it before each MIME type
@@ -269,7 +270,7 @@ class ColdTable(_FromRuns):
                 rows = comparisons[comparisons["scope"] == scope]
                 rivals = rows["comparison"].str.removeprefix("over ")
                 sides = {1: "is better than", -1: "is worse than", 0: "is not shown to differ from"}
-                signs = rows["difference"].apply(np.sign).where(rows["significant"], 0)
+                signs = rows.apply(direction, axis=1)
                 found = [f"{word} {', '.join(rivals[signs == s])}" for s, word in sides.items() if (signs == s).any()]
                 sentences.append(f"- {name}, {ranked}: ID + text {'; '.join(found)}.")
         header, *rows = zip(*columns, strict=True)
